@@ -122,6 +122,8 @@ class RecompileWatch:
         self.compilations: list[Compilation] = []
         #: the calls that :meth:`call` ran, in order
         self.calls: list[Call] = []
+        #: called when a compilation has begun, in the middle of it
+        self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
         self._watching = False
 
@@ -178,6 +180,7 @@ class RecompileWatch:
         self.compilations.append(compilation)
         if self._current:
             self._current.compilations.append(compilation)
+        self.began()
         if self.allow is not None and self.recompiles > self.allow:
             raise RecompileError(f"recompile number {self.recompiles}, {self.allow} allowed: {compilation.reason}")
 

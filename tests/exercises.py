@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import torch
 
-from hotswap_lab.figures import Figure
+from hotswap_lab.figures import DARK, Figure
 
 
 def some_ids(count: int) -> torch.Tensor:
@@ -22,7 +22,9 @@ def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def assert_is_svg_with_a_text_form(figure: Figure) -> ElementTree.Element:
     """Returns the picture's root, for what else is to be looked at."""
-    assert figure._repr_mimebundle_() == {"image/svg+xml": figure.svg, "text/plain": figure.text}
+    shown = figure._repr_mimebundle_()
+    assert shown == {"image/svg+xml": shown["image/svg+xml"], "text/plain": figure.text}
+    assert shown["image/svg+xml"].replace(DARK, "") == figure.svg != shown["image/svg+xml"]
     assert figure.text == repr(figure)
     return assert_is_svg(figure.svg, figure.text)
 

@@ -23,6 +23,8 @@ from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
 Step = Callable[[Journal], object]
+#: an object that is another one after each change of any model or pool, for code that shows them: it looks later
+LATEST: list[object] = [None]
 #: a key that is in a table of parameters for a moment
 RESIZED = "hotswap_resized"
 
@@ -83,7 +85,8 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
     """Carry out changes of any number of models, all of them or none. No other thread may use the models meanwhile.
 
     The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
-    At the end, ``tell`` is called if the log is on: see :func:`hotswap_lab.core.loaded.tell`.
+    At the end, the change is noted in ``LATEST``, and ``tell`` is called if the log is on: see
+    :func:`hotswap_lab.core.loaded.tell`.
     """
     journal = Journal() if journal is None else journal
     copies, inference = [], False
@@ -99,6 +102,7 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
             journal.roll_back()
             raise
         torch.clear_autocast_cache()  # it has casts of the former values, until the outermost autocast block ends
+    LATEST[0] = object()
     if tell is not None and LOG.isEnabledFor(logging.INFO):
         tell()
 

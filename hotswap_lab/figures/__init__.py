@@ -1,7 +1,7 @@
 """Pictures as plain SVG, which are shown without a kernel, a network or a plotting library.
 
-Every picture is drawn on a light card, so that it looks the same in light and dark themes, and has a text form for
-screen readers and terminals.
+Every picture is drawn on a light card. As an image on a dark page, its colors have the other lightness: the card is
+dark, and what is darkest on a light page is lightest. It has a text form for screen readers and terminals.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .palette import BASE, CARD, INK, OURS, PEFT
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
+#: the style of a picture that a page shows as an image; such an image doesn't know the page's own theme
+DARK = (Path(__file__).parent / "pictures" / "dark.html").read_text("utf-8")
+DASHED = " stroke-dasharray='4 3'"
+#: how a text looks, unless it is said otherwise
+TEXT = dict(size=13, anchor="middle", color=INK, turned=0, bold=False)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Figure:
     text: str
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        return {"image/svg+xml": self.svg, "text/plain": self.text}
+        return {"image/svg+xml": self.svg.replace("</title>", f"</title>{DARK}", 1), "text/plain": self.text}
 
     def __repr__(self) -> str:
         return self.text
@@ -49,51 +55,29 @@ class Canvas:
     """A drawing to which shapes are added; coordinates are pixels from the top left."""
 
     def __init__(self, width: int, height: int):
-        self.width = width
-        self.height = height
+        self.width, self.height = width, height
         self.shapes: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False) -> None:
-        dash = " stroke-dasharray='4 3'" if dashed else ""
-        self.shapes.append(
-            f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='4' fill='{fill}' "
-            f"stroke='{INK}' stroke-width='1'{dash}/>"
-        )
+        dash, place = DASHED * dashed, f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}'"
+        self.shapes.append(f"<rect {place} rx='4' fill='{fill}' stroke='{INK}' stroke-width='1'{dash}/>")
 
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        size: int = 13,
-        anchor: str = "middle",
-        color: str = INK,
-        turned: int = 0,
-        bold: bool = False,
-    ) -> None:
-        turn = f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
-        turn += " font-weight='bold'" if bold else ""
-        self.shapes.append(
-            f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}{turn}>"
-            f"{html.escape(text)}</text>"
-        )
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Add a text, in the style of ``TEXT`` or another one; ``turned`` by so many degrees."""
+        how = TEXT | style
+        turn = f" transform='rotate({how['turned']} {x:g} {y:g})'" if how["turned"] else ""
+        turn += " font-weight='bold'" if how["bold"] else ""
+        look = f"font-size='{how['size']}' text-anchor='{how['anchor']}' fill='{how['color']}' {FONT}{turn}"
+        self.shapes.append(f"<text x='{x:g}' y='{y:g}' {look}>{html.escape(text)}</text>")
 
-    def line(
-        self, x1: float, y1: float, x2: float, y2: float, color: str, *, width: float = 1, dashed: bool = False
-    ) -> None:
-        dash = " stroke-dasharray='4 3'" if dashed else " stroke-linecap='round'"
-        self.shapes.append(
-            f"<line x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='{color}' stroke-width='{width:g}'{dash}/>"
-        )
+    def line(self, x1: float, y1: float, x2: float, y2: float, color: str, *, dashed: bool = False, width: float = 1):
+        dash, ends = DASHED if dashed else " stroke-linecap='round'", f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}'"
+        self.shapes.append(f"<line {ends} stroke='{color}' stroke-width='{width:g}'{dash}/>")
 
     def figure(self, text: str) -> Figure:
-        svg = (
-            f"<svg xmlns='http://www.w3.org/2000/svg' width='{self.width}' height='{self.height}' "
-            f"viewBox='0 0 {self.width} {self.height}' role='img'><title>{html.escape(text)}</title>"
-            f"<rect width='{self.width}' height='{self.height}' rx='8' fill='{CARD}'/>{''.join(self.shapes)}</svg>"
-        )
-        return Figure(svg, text)
+        size, box = f"width='{self.width}' height='{self.height}'", f"viewBox='0 0 {self.width} {self.height}'"
+        start = f"<svg xmlns='http://www.w3.org/2000/svg' {size} {box} role='img'><title>{html.escape(text)}</title>"
+        return Figure(f"{start}<rect {size} rx='8' fill='{CARD}'/>{''.join(self.shapes)}</svg>", text)
 
 
 def area(x: float, y: float, width: float, height: float, more: float = 0) -> str:

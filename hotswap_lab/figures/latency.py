@@ -105,6 +105,5 @@ def _summary(watch: Any) -> str:
     compiling = [call for call in watch.calls if call.compilations]
     parts += [f"{call.label} {readable(call.seconds)} with a {_kind(call)}" for call in compiling]
     others = [call.seconds for call in watch.calls if not call.compilations]
-    if others:
-        parts.append(f"other calls {statistics.median(others) * 1000:.2g} ms in the median")
-    return ", ".join(parts)
+    median = [f"other calls {statistics.median(others) * 1000:.2g} ms in the median"] if others else []
+    return ", ".join([*parts, *median])

@@ -39,6 +39,8 @@ _SHIPPED = (
     ("haiku", "json", "pirate", "socratic", "spanish"),
 )
 _KNOWN = {name: color for names in _SHIPPED for name, color in zip(names, ADAPTERS, strict=False)}
+#: what a widget calls an adapter that it doesn't know, and PEFT one without a name
+_KNOWN |= {"another adapter": INK, "default": INK}
 
 
 def adapter_color(name: str | None) -> str:

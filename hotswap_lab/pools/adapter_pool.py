@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..beyond.base_values import ANY, base_weights_in, change_to_originals, kept_originals, lost_originals
 from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
-from ..core.change import Step, apply
+from ..core.change import LATEST, Step, apply
 from ..core.compiled import frozen, frozen_in
 from ..core.errors import HotswapError, listing, refused
 from ..core.host import find_host, kind_of, name_in
@@ -241,6 +241,7 @@ class AdapterPool:
             if is_used(self._room, self._members[name]):
                 raise refused("adapter_in_use", name=name)
             del self._members[name]
+        LATEST[0] = object()
 
     def update(
         self, name: str, state_dict: Mapping[str, torch.Tensor] | torch.nn.Module, config: PeftConfig | None = None

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..core.adapter import Adapter
+from ..core.change import LATEST
 from ..core.errors import listing, refused
 from ..core.room import Packed
 from ..files.reading import read
@@ -93,6 +94,7 @@ class Members(dict[str, Member]):
             self.make_space(member, packed)
             member.packed = packed
             self[name] = member
+        LATEST[0] = object()
 
     def _check_free(self, name: str) -> None:
         if name in self:

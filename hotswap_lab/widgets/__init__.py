@@ -12,6 +12,11 @@ Each is one line in a notebook, and everything that a click does can be done fro
 SwapPanel: 8 adapters, shout is active at strength 1
 shout: HOTSWAP!
 
+A widget shows what is in its model now, or it is gray and says ``changed since: run again``, within a second of any
+change by this package in the same kernel, whether a click, a cell or a thread makes it. Other code's changes (PEFT's
+``set_scale``, ``load_state_dict``, training) are noticed at the end of the cell. While a cell computes, widgets follow
+clicks only.
+
 Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
 While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the second
 click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.

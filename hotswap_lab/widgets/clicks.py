@@ -7,12 +7,11 @@ that was a cell, the main thread gets the click when the computing cell has ende
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
 
-from .view import w
+from .view import get_ipython, w
 
 
 class Clicks:
@@ -57,9 +56,7 @@ def keep_apart_from_cells(widget: w.Widget) -> None:
 
 def _made() -> tuple[str, datetime | None]:
     """The session and the time of the click being handled; the time is None if there is none."""
-    kernelbase = sys.modules.get("ipykernel.kernelbase")
-    if kernelbase is None or not kernelbase.Kernel.initialized():
-        return "", None
-    header = kernelbase.Kernel.instance().get_parent("shell").get("header") or {}
+    kernel = getattr(get_ipython(), "kernel", None)
+    header = (kernel and kernel.get_parent("shell").get("header")) or {}
     is_click = header.get("msg_type") == "comm_msg" and isinstance(header.get("date"), datetime)
     return header.get("session", ""), header["date"] if is_click else None

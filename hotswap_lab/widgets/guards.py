@@ -18,10 +18,11 @@ from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
-from .switch import ModelSwitch, switch_for
-from .view import counted, w, wrapping_row
+from .switch import ModelSwitch, contents, switch_for
+from .view import choices, counted, wrapping_row
 from .work import WorkingView
 
+Inputs = Mapping[str, Any]
 #: calls after each swap
 CALLS = 4
 #: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
@@ -66,11 +67,11 @@ class Guards(WorkingView):
 
     title = "Guards: what a graph was compiled for"
 
-    def __init__(
-        self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping[str, Any]
-    ):
+    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Inputs):
         self.adapters: Mapping[str, object] = adapters
         self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
+        for title, column in self.columns.items():
+            column.watch.began = partial(setattr, self, "doing", f"compiling again: {title}")
         self._run(self._visit)
 
     @classmethod
@@ -86,13 +87,22 @@ class Guards(WorkingView):
         self._run(partial(self._visit, name))
 
     def _visit(self, name: str | None = None) -> None:
+        seen = self._seen = []
         for title, column in self.columns.items():
             self.doing: str = f"calling the model that is {title}"
             if name:
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
+            seen.append(contents(column.switch))
             column.visit(name or "the first", self._check)
-        self.active: str | None = name
+        self.active, self.doing = name, ""
         self.summary: str = f"{name or 'the first adapter'} is in"
+
+    def _now(self) -> object:
+        return [contents(column.switch) for column in self.columns.values()]
+
+    @property
+    def _note(self) -> str:
+        return self.doing if self.busy else super()._note
 
     # ---- text, picture and controls
 
@@ -116,21 +126,20 @@ class Guards(WorkingView):
 
     def _controls(self) -> list:
         self._with_stop()
-        self._choices = w.ToggleButtons(options=[*self.adapters], value=None)
-        self._choices.add_class("hotswap-choices")
+        self._choices = choices(options=[*self.adapters], value=None)
         self._when_set(self._choices, lambda name: name and self._come(name, partial(self._visit, name)))
         return [wrapping_row(self._choices, self._stop_button)]
 
     def _refresh(self) -> None:
         super()._refresh()
         if not self.busy:
-            self._choices.value = self.active
+            self._choices.value = None if self._note else self.active  # so that it can be chosen again
 
 
 class Column:
     """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
 
-    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any]):
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Inputs):
         def call() -> None:
             model(**inputs)
 

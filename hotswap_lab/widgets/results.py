@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..figures.palette import INK, light
 from ..figures.png import address
@@ -21,13 +21,16 @@ class Run:
         The result of ``generate``, or its text so far.
     done:
         Whether it is all of the answer: False while it grows, and after a stop or an error.
+    state:
+        Whatever else an answer depends on. Runs that differ in nothing but their results are equal.
     """
 
     prompt: str
     where: str
     strength: float | None = 1.0
-    result: object = ""
-    done: bool = False
+    result: object = field(default="", compare=False)
+    done: bool = field(default=False, compare=False)
+    state: object = None
 
     @property
     def label(self) -> str:

@@ -10,14 +10,13 @@ from .. import demo
 from ..core.errors import refused
 from ..pools.adapter_pool import AdapterPool
 from .results import Run
-from .switch import demo_pool
+from .switch import contents, demo_pool
 from .view import counted, escape, speaking, w, wrapping_row
 from .work import WorkingView
 
 #: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
-#: the headings of the columns, and the style of a cell: inline, so that a page without the styles shows a table, too
-HEAD = ("adapter", "request", "answer")
+#: the style of a cell: inline, so that a page without the styles shows a table, too
 CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
 #: around an answer, with room for a line before there is one, so that nothing moves when it comes
 LARGE = '<div class="{}" style="display:flex;gap:8px;font-size:17px;line-height:26px;min-height:26px">{}</div>'
@@ -60,8 +59,7 @@ class RowPanel(WorkingView):
             raise refused("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
             pass  # raises if the pool has too few rows
-        self.pool = pool
-        self.generate = generate
+        self.pool, self.generate = pool, generate
         #: the prompt of each row
         self.prompts: list[str] = list(prompts)
         #: the adapter that will answer each row; None: the base model
@@ -90,7 +88,7 @@ class RowPanel(WorkingView):
 
     def _work(self) -> list[object]:
         """Answer all rows."""
-        adapters, runs = list(self.adapters), self._requests()
+        adapters, runs = list(self.adapters), self._now()
         with contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
             # a new context for each try, since one that timed out can't be entered again
@@ -102,15 +100,18 @@ class RowPanel(WorkingView):
                     raise refused("answers_of_other_rows", answers=len(answers), rows=len(runs))
                 for run, answer in zip(runs, answers, strict=True):
                     run.result = answer
-                self.runs = runs
+                self.runs = self._seen = runs
                 self._progressed()
                 self._check()
             for run in runs:
                 run.done = True
         return [run.result for run in runs]
 
-    def _requests(self) -> list[Run]:
-        return [Run(prompt, name or "off") for prompt, name in zip(self.prompts, self.adapters, strict=True)]
+    def _now(self) -> list[Run]:
+        """What is asked now."""
+        base, members = contents(self.pool)[0], map(self.pool._members.get, self.adapters)
+        rows = zip(self.prompts, self.adapters, members, strict=True)
+        return [Run(prompt, name or "off", state=(base, each, each and each.version)) for prompt, name, each in rows]
 
     # ---- text, picture and controls
 
@@ -124,9 +125,9 @@ class RowPanel(WorkingView):
 
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
-        runs = self.runs or self._requests()
+        runs = self.runs or self._now()
         rows = [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs]
-        lines = [("th scope=col", HEAD), *(("td", row) for row in rows)]
+        lines = [("th scope=col", ("adapter", "request", "answer")), *(("td", row) for row in rows)]
         inside = [[f'<{tag} style="{CELL}">{cell}</{tag[:2]}>' for cell in row] for tag, row in lines]
         body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in inside)
         return f'<div class="hotswap-scroll"><table style="border-collapse:collapse">{body}</table></div>'
@@ -150,14 +151,12 @@ class RowPanel(WorkingView):
 
     def _refresh(self) -> None:
         super()._refresh()
-        requests = self._requests()
+        requests = self._now()
         for (menu, box, answer), run, request in zip(self._rows, self.runs or requests, requests, strict=True):
             # the base's value can't be None, which means that nothing is selected
             menu.options = [("base", ""), *((name, name) for name in self.pool)]
             menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
-            # an answer to what is no longer asked
-            old = (run.where, run.prompt) != (request.where, request.prompt)
-            answer.value = LARGE.format("hotswap-old" if old else "", f"{run.chip} {run.shown}")
+            answer.value = LARGE.format("hotswap-old" * (run != request), f"{run.chip} {run.shown}")
 
     def _refresh_body(self) -> None:
         """Do nothing, since the live form shows each answer in its row."""

@@ -13,20 +13,20 @@ import torch
 from .. import demo
 from ..core.errors import refused
 from ..figures import Figure
-from ..figures.palette import INK, WHITE, adapter_color, light
+from ..figures.palette import adapter_color, light
 from ..pools.adapter_pool import AdapterPool
 from ..threads import in_use
 from .results import Run
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
-from .view import FITS, counted, escape, speaking, w, wrapping_row
+from .view import FITS, choices, counted, escape, speaking, w, wrapping_row
 from .weight_map import WeightMap
 from .work import WorkingView
 
 #: the slider's range; 1 is the trained strength
 STRENGTHS = (0.0, 1.5)
-#: the styles of a toggle button, by its label as ipywidgets writes it into the page
-RADIO = '.hotswap-live .hotswap-choices button[data-value="{}"]{} {{ background: {}; color: {} }}'
+#: the colors of a toggle button, by its label as ipywidgets writes it into the page
+RADIO = '.hotswap-choices button[data-value="{}"] {{ --light: {}; --full: {} }}'
 
 
 class SwapPanel(WorkingView):
@@ -97,8 +97,7 @@ class SwapPanel(WorkingView):
         options = dict(template=template, max_new_tokens=max_new_tokens)
         self.generate: Callable[[str], object] = generate or text_stream(self.model, tokenizer, **options)
         #: the text in the prompt box
-        self.prompt = prompt
-        self.run_on_swap = run_on_swap
+        self.prompt, self.run_on_swap = prompt, run_on_swap
         #: the last answer, and the one to compare it with
         self.answer: Run | None = None
         self.pinned: Run | None = None
@@ -173,6 +172,7 @@ class SwapPanel(WorkingView):
         self.doing = "running the prompt"
         # swaps by other threads wait, so that an answer comes from one adapter and has its name
         with in_use(self.model):
+            self._seen = self._now()
             run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
             given = self.generate(run.prompt)
             for run.result in given if isinstance(given, Iterator) else [given]:
@@ -205,7 +205,6 @@ class SwapPanel(WorkingView):
 
     def figure(self) -> Figure:
         """The map, with the answers below it. Times are left out, so that the same state gives the same picture."""
-        self.map.look_now()
         said = [(f"{what}{run.label}, asked “{run.prompt}”", run) for what, run in self._said.items()]
         return self.map.figure(said, str(self))
 
@@ -214,11 +213,10 @@ class SwapPanel(WorkingView):
         return [title, columns, problem]
 
     def _controls(self) -> list[w.Widget]:
-        self._radios, self._style = w.ToggleButtons(), w.HTML(layout=w.Layout(display="none"))
-        self._radios.add_class("hotswap-choices")
+        self._radios, self._style = choices(), w.HTML(layout=w.Layout(display="none"))
         self._when_clicked(self._radios, "adapter", lambda label: self._swap(None if label == "off" else label))
-        self._slider = w.FloatSlider(step=0.05, description="strength", layout=w.Layout(width="340px", max_width=FITS))
-        self._slider.add_class("hotswap-strength")
+        look = dict(layout=w.Layout(width="340px", max_width=FITS), _dom_classes=["hotswap-strength"])
+        self._slider = w.FloatSlider(step=0.05, description="strength", **look)
         self._when_clicked(self._slider, "strength", self._set_strength)
         self._box = w.Text(description="prompt", layout=w.Layout(width="320px", max_width=FITS))
         with warnings.catch_warnings():
@@ -251,8 +249,7 @@ class SwapPanel(WorkingView):
         self.map.look_now()
         if self._painted is not self.map.tiles:  # drawing takes a while, and a growing answer is shown often
             self._painted, self._picture.value = self.map.tiles, self.map._inside() if self.map.tiles else ""
-        if self._radios.options != labels:  # also if a pool has grown since
-            self._radios.options = labels
+        self._radios.options = labels  # a pool may have grown since
         self._slider.disabled = strength is None
         # meanwhile, controls show what was chosen, and is not in the model yet
         if not self.busy and self._next is None:
@@ -263,16 +260,15 @@ class SwapPanel(WorkingView):
         self._style.value = f"<style>{self._rules()}</style>"
         run, kept = self.answer, self.pinned
         shown = f"{run.chip}{run.shown}" if run else "no answer yet"
-        self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer">{shown}</div>', run is None
+        old = " hotswap-old" * bool(self._note)
+        self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer{old}">{shown}</div>', run is None
         asked = f", asked <code>{escape(kept.prompt)}</code>" if kept and run and kept.prompt != run.prompt else ""
         self._kept.value = f'<div class="hotswap-kept">{f"{kept.chip}{asked}{kept.shown}" if kept else ""}</div>'
 
     def _rules(self) -> str:
         one = (1 - self._slider.min) / (self._slider.max - self._slider.min)
         rules = [f".hotswap-live .hotswap-strength {{ --one: {one:.2%} }}"]
-        for label, name in ((quote(name, safe="!'()*"), name) for name in self.names):
-            rules.append(RADIO.format(label, "", light(name), INK))
-            rules.append(RADIO.format(label, ".mod-active", adapter_color(name), WHITE))
+        rules += [RADIO.format(quote(name, safe="!'()*"), light(name), adapter_color(name)) for name in self.names]
         return "".join(rules)
 
     def _refresh_body(self) -> None:

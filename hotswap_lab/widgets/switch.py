@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import demo
 from ..beyond.configs import not_scaled
+from ..core.adapter import WHEN
 from ..core.errors import refused
-from ..core.host import find_host, name_in
+from ..core.host import find_host, hosts_in, name_in
+from ..core.slot import room_of
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import get_strength, hotswap_adapter, set_strength
@@ -105,6 +108,39 @@ def config_of(switch: AdapterPool | ModelSwitch) -> PeftConfig:
     return find_host(switch.model, switch.adapter_name).configs[switch.adapter_name]
 
 
+def contents(owner: object) -> tuple[list[object], list[object]]:
+    """What is in the models of ``owner``, to compare with later: of the base models, and of their adapters.
+
+    They stay equal until a swap, a version counter, or what PEFT notes on a layer shows a change. A pool knows what it
+    wrote, so it is no change if a block puts the former adapter back.
+
+    >>> from hotswap_lab import demo, set_strength
+    >>> model, _ = demo.load("reverse")
+    >>> before = contents(model)
+    >>> set_strength(model, 0.5)
+    >>> [now == former for now, former in zip(contents(model), before)]
+    [True, False]
+    """
+    own, adapters = [], []
+    for host in hosts_in(owner):
+        writes = sum(each._version for each in host.base.parameters() if not each.is_inference())
+        for name, config in host.configs.items():
+            if (room := room_of(host.base, name)) and not room.is_touched:
+                writes -= room._versions_now()
+                adapters += room.state, room.assigned
+            else:
+                adapters.append(vars(config).get(WHEN))
+        layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
+        own += writes, [(each.disable_adapters, each.active_adapters, [*each.merged_adapters]) for each in layers]
+        adapters += [[*map(float, getattr(each, "scaling", {}).values())] for each in layers]
+    return own, adapters
+
+
+def is_off(layer: torch.nn.Module, name: str) -> bool:
+    """Whether PEFT has turned an adapter off on a layer, by disabling all or by activating another one."""
+    return getattr(layer, "disable_adapters", False) or name not in getattr(layer, "active_adapters", [name])
+
+
 def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
     """The active adapter, ``"off"``, or ``"another adapter"``.
 
@@ -117,7 +153,8 @@ def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
     >>> whereabouts(switch)
     'off'
     """
-    return switch.active or ("off" if strength_of(switch) == 0 else "another adapter")
+    off = [is_off(each, switch.adapter_name) for each in switch.model.modules() if isinstance(each, BaseTunerLayer)]
+    return "off" if strength_of(switch) == 0 or (off and all(off)) else switch.active or "another adapter"
 
 
 def strength_of(switch: AdapterPool | ModelSwitch) -> float | None:

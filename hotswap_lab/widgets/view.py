@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import html
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from string import Template
 
+from ..core.change import LATEST
 from ..figures import Figure, palette
+from .switch import contents
 
 try:
     import ipywidgets as w
+    from IPython import get_ipython
 except ModuleNotFoundError as _error:
     raise ImportError(f'{_error}: pip install "hotswap_lab[widgets]"', name="ipywidgets") from _error
 
+#: what a view says that shows what was in a model before
+CHANGED = "changed since: run again"
+#: seconds between two looks for a change
+EVERY = 0.5
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: the width of a page minus the margins that ipywidgets puts around a control
 FITS = "calc(100% - 4px)"
@@ -27,9 +37,7 @@ STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(
 _script = re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
 SCRIPT = f'<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{_script}">'
 # before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
-QUIET = """<i class="hotswap-quiet"></i><style>.jp-OutputArea-child:has(.hotswap-quiet),
-.jp-OutputArea-child:has(.hotswap-quiet) + * + .jp-OutputArea-child:not(:has(.hotswap-live, [data-mime-type]))
-{ display: none }</style>"""
+QUIET = (FOLDER / "quiet.html").read_text("utf-8")
 
 
 def escape(text: object) -> str:
@@ -57,9 +65,30 @@ def wrapping_row(*children: w.Widget) -> w.HBox:
 
 def speaking(**options: object) -> w.HTML:
     """A text widget that a screen reader reads out when it changes."""
-    widget = w.HTML(**options)
-    widget.add_class("hotswap-says")
-    return widget
+    return w.HTML(_dom_classes=["hotswap-says"], **options)
+
+
+def choices(**options: object) -> w.ToggleButtons:
+    """Toggle buttons for adapters."""
+    return w.ToggleButtons(_dom_classes=["hotswap-choices"], **options)
+
+
+def note_cell(*_: object) -> None:
+    """Have all live forms look for a change: a cell has ended, and may have changed a model by other code."""
+    LATEST[0] = object()
+
+
+def _follow(view: weakref.ref[View], loop: asyncio.AbstractEventLoop, seen: object = None) -> None:
+    """Update a live form if anything has changed, again and again until it is closed or gone.
+
+    In an event loop, where the code that made the change holds no lock.
+    """
+    now, shown = LATEST[0], view()
+    if shown and shown.box.comm:
+        if now is not seen:
+            with contextlib.suppress(Exception):  # its adapter may be gone
+                shown._changed()
+        loop.call_later(EVERY, _follow, view, loop, now)
 
 
 class View:
@@ -79,6 +108,10 @@ class View:
     summary = ""
     #: a title that says what the widget shows; without one, it is the class and the summary
     title = ""
+    #: whether it is at work, and shows that
+    busy = False
+    #: what was in the model when the view read it, or began to compute with it
+    _seen: object = None
 
     def __new__(cls, *args: object, **options: object) -> View:
         self = super().__new__(cls)
@@ -90,6 +123,17 @@ class View:
         super().__setattr__(name, value)
         if not name.startswith("_"):
             self._changed()
+
+    # ---- whether it is still so
+
+    def _now(self) -> object:
+        """What is in the model now. Note it as ``_seen`` where no other thread can change it: inside ``in_use``."""
+        return contents(self)
+
+    @property
+    def _note(self) -> str:
+        """Why the view doesn't show what is in the model: it is gray then, and says so."""
+        return CHANGED if self._seen and not self.busy and self._seen != self._now() else ""
 
     # ---- the static form
 
@@ -105,7 +149,7 @@ class View:
 
     def to_html(self) -> str:
         """The static form as HTML, which needs no kernel, network or scripts."""
-        return f"<div>{self._head()}{self._inside()}</div>"
+        return f"<div>{self._head()}{f'<div>{self._note}</div>' * bool(self._note)}{self._inside()}</div>"
 
     def _head(self) -> str:
         text = f"<strong>{escape(self.title or type(self).__name__)}</strong>"
@@ -115,16 +159,16 @@ class View:
         figure = self.figure()
         if figure is None:
             return ""
-        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, but still readable
-        style = f"width:100%;min-width:{min(0.9 * width, 480):g}px;max-width:{1.4 * width:g}px;height:auto"
+        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, within reason
+        style = f"width:100%;max-width:{1.4 * width:g}px;height:auto"
         shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
-        return f"<div class='hotswap-picture'>{shrinking}</div>"
+        return f"<div class='hotswap-picture' data-note='{escape(self._note)}'>{shrinking}</div>"
 
     def _static(self) -> dict[str, str]:
         """The output that a saved notebook keeps. The same state gives the same output."""
         figure = self.figure()
-        # GitHub shows a picture by itself, but removes pictures in HTML
-        shown = {"text/html": self.to_html()} if figure is None else {"image/svg+xml": figure.svg}
+        # GitHub shows a picture by itself, but removes pictures in HTML: an old one has to be with its note
+        shown = figure._repr_mimebundle_() if figure and not self._note else {"text/html": self.to_html()}
         return {**shown, "text/plain": str(self)}
 
     # ---- the live form
@@ -132,9 +176,10 @@ class View:
     @cached_property
     def box(self) -> w.VBox:
         """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
-        box = w.VBox([w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none")), *self._build()])
-        box.add_class("hotswap-live")
-        return box
+        with contextlib.suppress(RuntimeError):  # a thread without an event loop: its clicks update it
+            (loop := asyncio.get_running_loop()).call_soon(_follow, weakref.ref(self), loop)
+        look = w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none"))
+        return w.VBox([look, *self._build()], _dom_classes=["hotswap-live"])
 
     def _build(self) -> list[w.Widget]:
         """Create the live form's widgets, once."""
@@ -166,6 +211,8 @@ class View:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
+        if shell := get_ipython():
+            shell.events.register("post_run_cell", note_cell)
         display({"text/html": QUIET, "text/plain": ""}, raw=True)
         display(self._static(), raw=True)
         self._refresh_box()

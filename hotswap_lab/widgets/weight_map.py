@@ -14,8 +14,8 @@ from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import in_use, in_use_now
 from .results import Run
-from .switch import ModelSwitch, strength_of, whereabouts
-from .view import View
+from .switch import ModelSwitch, is_off, whereabouts
+from .view import View, note_cell
 
 
 class WeightMap(View):
@@ -46,7 +46,7 @@ class WeightMap(View):
     >>> print(map)
     WeightMap: default is in 14 of 28 layers
 
-    How to read it: the darkest cell is where the adapter changes a weight most. Gray is the base model alone.
+    How to read it: the strongest color is where the adapter changes a weight most. Gray is the base model alone.
     """
 
     title = "What the adapter adds to each layer"
@@ -72,18 +72,18 @@ class WeightMap(View):
             self._look()
 
     def look_now(self) -> None:
-        """Look if there is another adapter or strength in the model, unless a swap is writing, or waits."""
-        if (self.name, self._strength) != (self._where, strength_of(self._switch)):
+        """Look if the model has changed, unless a swap is writing, or waits: then a little later."""
+        if self._note:
             # a swap may wait for a thread that computes, and that thread for the end of a refresh
             with in_use_now(self.model) as is_mine:
-                if is_mine:
-                    self._look()
+                self._look() if is_mine else note_cell()
 
     def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)
         masks = [_in_use(layer) for layer in slot.layers]
-        tiles, name = _tiles(slot, masks, self._sizes), self._where
-        seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _strength=strength_of(self._switch))
+        tiles = _tiles(slot, masks, self._sizes)
+        name = whereabouts(self._switch) if self._switch.names else self.adapter_name
+        seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _seen=self._now())
         if name != self.name and self.name:
             seen["former"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
         with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
@@ -91,19 +91,16 @@ class WeightMap(View):
         self._changed()
 
     @property
-    def _where(self) -> str:
-        return whereabouts(self._switch) if self._switch.names else self.adapter_name
-
-    @property
     def summary(self) -> str:
         """One line: the adapter, and in how many of the layers it is."""
+        self.look_now()
         active = sum(bool(tile.cells.any()) for tile in self.tiles)
         return "the adapter is off" if self.name == "off" else f"{self.name} is in {active} of {len(self.tiles)} layers"
 
     def figure(self, said: Sequence[tuple[str, Run]] = (), text: str = "") -> Figure:
         """The tiles, and a bar with the numbers of the base and of the adapter; below them, what was ``said``."""
-        answers = [(label, run.where, run.text, run.png) for label, run in said]
-        return drawn(self.tiles, self.name, self.summary, self.counts, self.former, answers, text or str(self))
+        answers, title = [(label, run.where, run.text, run.png) for label, run in said], self.summary
+        return drawn(self.tiles, self.name, title, self.counts, self.former, answers, text or str(self))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ def _tiles(slot: Slot, masks: Sequence[torch.Tensor], sizes: dict[str, float | N
     paths = [path for path in dict.fromkeys([*paths, *having]) if path in having or split(path)[0]]
     counts = (len({split(path)[axis] for path in paths}) for axis in (0, 1))
     n = CELLS if all(count <= most for count, most in zip(counts, LARGE, strict=True)) else 1
-    return [_tile(slot, path, n, sizes, *having.get(path, (None, None))) for path in paths]
+    return [_tile(slot, path, n, sizes, having.get(path)) for path in paths]
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
@@ -126,11 +123,10 @@ def _has_weight(module: torch.nn.Module) -> bool:
     return weight is not None and (weight.dim() > 1 or not weight.is_floating_point())
 
 
-def _tile(
-    slot: Slot, path: str, n: int, sizes: dict[str, float | None], layer: SlotLayer | None, mask: torch.Tensor | None
-) -> Tile:
-    if layer is None or mask is None:
+def _tile(slot: Slot, path: str, n: int, sizes: dict[str, float | None], having: tuple | None) -> Tile:
+    if having is None or is_off(having[0].module, slot.adapter_name):
         return Tile(path, torch.zeros(n, n), "the base model alone")
+    layer, mask = having
     cells = _rms(slot, layer, n)
     if cells is not None and path not in sizes:
         sizes[path] = _size(layer.module)

@@ -74,6 +74,8 @@ class WorkingView(View):
 
     #: the error of the last job, None after a success
     error: BaseException | None = None
+    #: a widget's main job
+    _work: Callable[[], object]
     #: a description of the running job
     doing: str = ""
 
@@ -82,20 +84,19 @@ class WorkingView(View):
         self._lock = threading.Lock()
         # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self._stopped = False
+        self._stopped, self._shown = False, 0.0
         #: the times of the last swaps, in seconds
         self.swaps: deque[float] = deque(maxlen=SWAPS)
         #: the click that waits, with its job
         self._next: tuple[str, Callable[[], object]] | None = None
         #: the thread of the last job that was started
         self._thread: threading.Thread | None = None
-        self._shown = 0.0
         self._clicks = Clicks()
         return self
 
     def __str__(self) -> str:
         error = [f"error: {message(self.error)}"] if self.error else []
-        return "\n".join([super().__str__(), *self._lines(), *error])
+        return "\n".join([super().__str__(), *self._lines(), *filter(None, [self._note]), *error])
 
     def _lines(self) -> list[str]:
         """The lines of the text form after the first."""
@@ -119,9 +120,6 @@ class WorkingView(View):
     def start(self) -> None:
         """Start the widget's main job in a thread of its own, as its button does. It waits for a running one to end."""
         self._come("run", self._work)
-
-    def _work(self) -> object:
-        raise NotImplementedError
 
     def stop(self) -> None:
         """End the running job as soon as possible, and cancel a click that waits. The answer so far is kept."""
@@ -182,10 +180,9 @@ class WorkingView(View):
             self._free()
 
     def _begin(self) -> bool:
-        if not self._lock.acquire(blocking=False):
-            return False
-        self._stopped = False
-        return True
+        begun = self._lock.acquire(blocking=False)
+        self._stopped = self._stopped and not begun
+        return begun
 
     def _do(self, job: Callable[[], object]) -> object:
         self._changed()
@@ -246,10 +243,8 @@ class WorkingView(View):
 
     def _clicked(self, act: Callable[[], object]) -> None:
         """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        if self._clicks.take(act):
-            keep_apart_from_cells(self.box)
-        else:
-            self._changed()  # moves a slider back
+        # one that is not accepted has moved a slider
+        keep_apart_from_cells(self.box) if self._clicks.take(act) else self._changed()
 
     def _with_stop(self, *starters: w.Widget) -> list[w.Widget]:
         """Add a stop button to controls that start jobs."""
@@ -258,9 +253,9 @@ class WorkingView(View):
         return [*starters, self._stop_button]
 
     def _state(self) -> str:
-        """The text of the status line: nothing, or why the widget is busy."""
-        waiting = self._next
-        return (f"busy: {self.doing}" + (f"; then {waiting[0]}" if waiting else "")) if self.busy else ""
+        """The text of the status line: why the widget is busy, or that the model has changed, or nothing."""
+        waiting = f"; then {self._next[0]}" if self._next else ""
+        return f"busy: {self.doing}{waiting}" if self.busy else self._note
 
     def _refresh(self) -> None:
         super()._refresh()

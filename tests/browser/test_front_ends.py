@@ -5,14 +5,22 @@ Each chapter is run in JupyterLab and in Notebook, all widgets are clicked in bo
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pytest
 from front_ends import FRONT_ENDS, ROOT, SETUP, WIDGETS, NotebookPage, chromium, jupyter, open_browser, write_notebook
+from PIL import Image
 from playwright.sync_api import expect
+
+from hotswap_lab import figures
+from hotswap_lab.figures import palette
+from hotswap_lab.figures.png import address as address_of
+from hotswap_lab.figures.png import png
 
 CHAPTERS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -29,6 +37,34 @@ while panel.answer and panel.active != "sort" and time.monotonic() < end:
 print(panel.active, answers <= {demo.TASKS[name]("hotswap") for name in panel.names} | {"hotswap"})"""
 
 
+#: two of each on one model, and a cell that swaps by Python, now and in a thread
+VIEWS = [
+    f"""{SETUP}
+import threading
+from hotswap_lab import Adapter
+from hotswap_lab.widgets.switch import demo_pool
+pool, tokenizer = demo_pool(rows=4)
+double = Adapter.load(demo.adapter_path("double"))
+views = []
+def show(kind):
+    for _ in range(2):
+        if kind is SwapPanel:
+            views.append(SwapPanel(pool, tokenizer=tokenizer, template="{{}}" + demo.SEPARATOR, prompt="hotswap"))
+            views[-1].choose("reverse")
+        elif kind is RowPanel:
+            views.append(RowPanel(pool, lambda words: demo.ask_all(pool.model, tokenizer, words), prompts=["hotswap"]))
+            views[-1].choose(0, "sort"), views[-1].run()
+        else:
+            model, inputs = pool.model, pool.model.get_base_model().dummy_inputs
+            views.append(WeightMap(pool) if kind is WeightMap else Guards({{"it": model}}, {{"sort": "..."}}, inputs))
+        display(views[-1])""",
+    "for kind in (SwapPanel, WeightMap, RowPanel, Guards): show(kind)",
+    "pool.swap('shout'), pool.update('sort', double.tensors, double.config)",
+    "threading.Timer(1, pool.swap, ['pig_latin']).start()",
+    "pool.model.base_model.disable_adapter_layers()",
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A copy of the notebooks for each front end, since two pages with the same file would share a kernel, and more."""
@@ -38,6 +74,7 @@ def folder(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / "notebooks", folder / front_end, ignore=ignored)
         write_notebook(folder / f"{front_end}.ipynb", cells)
     write_notebook(folder / "voila.ipynb", cells[:2])
+    write_notebook(folder / "views.ipynb", VIEWS)
     return folder
 
 
@@ -267,6 +304,64 @@ def test_the_static_form_is_hidden_while_it_is_live_and_there_after_a_restart(wi
     expect(shown.filter(has_text="One batch, another adapter in each row").first).to_be_visible()
     assert shown.locator("img").count() > 0  # the panel's picture
     expect(shown.filter(has_text="Loading widget")).to_have_count(0)
+
+
+# ---- several views of one model
+
+
+@pytest.mark.long
+def test_two_of_each_say_the_same_of_one_model_whoever_changes_it(address, new_page):
+    """By a click, by a cell, by a thread, and by PEFT; within a second, and some for the machine."""
+    page = new_page(viewport={"width": 900, "height": 900})
+    notebook = NotebookPage(page, address, "lab", "views.ipynb")
+    for place in (0, 1):
+        notebook.run_cell(place)
+    views, soon = page.locator(".hotswap-live"), 2_500
+    expect(views).to_have_count(8)
+    panels, maps, rows, guards = ([views.nth(2 * place), views.nth(2 * place + 1)] for place in range(4))
+
+    def expect_all(name: str, old: list, now: str) -> None:
+        for each in panels:
+            expect(each.get_by_role("radio", name=name)).to_be_checked(timeout=soon)
+        for each in (*panels, *maps):
+            expect(each.locator(".hotswap-picture")).to_contain_text(now, timeout=soon)
+            expect(each.locator(".hotswap-picture")).to_have_attribute("data-note", "", timeout=soon)
+        for each in (*panels, *rows, *guards):
+            says = expect(each).to_contain_text if each in old else expect(each).not_to_contain_text
+            says("changed since", timeout=soon)
+        for each in (*panels, *rows):
+            expect(each.locator(".hotswap-old")).to_have_count(int(each in old), timeout=soon)
+        for each in guards:  # the second one has seen what the first one did
+            expect(each.locator(".hotswap-picture")).to_have_attribute("data-note", re.compile("changed"), timeout=soon)
+
+    panels[0].get_by_role("radio", name="sort").click()
+    expect(panels[0].locator(".hotswap-answer")).to_contain_text("ahopstw")
+    expect_all("sort", [panels[1], *guards], "sort is in 28")
+    for cell, name, now in ((2, "shout", "shout is in 14"), (3, "pig_latin", "pig_latin is in 16")):
+        notebook.run_cell(cell)
+        page.wait_for_timeout(1000 * (cell == 3))
+        expect_all(name, [*panels, *rows, *guards], now)
+    notebook.run_cell(4)
+    expect_all("off", [*panels, *rows, *guards], "the adapter is off")
+    panels[1].get_by_role("button", name="Run").click()
+    expect(panels[1].locator(".hotswap-answer")).to_contain_text("no adapterhotswap")
+    expect_all("off", [panels[0], *rows, *guards], "the adapter is off")
+    assert [each for each in notebook.outputs() if each["output_type"] == "error"] == []
+    notebook.shut_down()
+
+
+@pytest.mark.long
+def test_a_figure_has_the_theme_of_its_page_and_a_photo_in_it_its_own_colors(new_page):
+    page, canvas = new_page(), figures.Canvas(40, 20)
+    photo = f"<image x='0' y='0' width='20' height='20' href='{address_of(png([[0]], [palette.WHITE]))}'/>"
+    canvas.shapes.append(photo)
+    svg = canvas.figure("a photo, and the card")._repr_mimebundle_()["image/svg+xml"]
+    image = f'<img src="data:image/svg+xml,{quote(svg)}">'
+    for theme, card in (("light", 251), ("dark", 20)):
+        page.set_content(f'<body style="margin: 0; color-scheme: {theme}">{image}</body>')
+        pixels = Image.open(io.BytesIO(page.locator("img").screenshot())).convert("L")
+        assert abs(pixels.getpixel((30, 10)) - card) < 10
+        assert pixels.getpixel((10, 10)) > 230
 
 
 # ---- one panel, also in Voila, which runs a notebook and shows what it puts out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
@@ -98,6 +99,37 @@ def test_clicks_and_the_picture(guards):
         column._call = guards.stop
     guards.choose("a")
     assert [len(column.watch.calls) - before for column, before in zip(columns, calls, strict=True)] == [1, 0]
+
+
+def test_it_says_that_it_compiles_again_from_the_moment_a_guard_fails(guards):
+    """And is not green meanwhile, nor after a swap by others, nor where a stop has left it halfway."""
+    free, seen = guards.columns["not prepared"], []
+
+    def note(change):
+        if what := re.search("data-note='(.*?)'", change["new"])[1]:
+            seen.append((what, len(free.watch.calls) - before))
+
+    live(guards)._body.observe(note, "value")
+    for name, again in (("rank", True), ("a", False), ("rank", False)):
+        before, recompiles = len(free.watch.calls), free.watch.recompiles
+        guards._choices.value = name
+        assert guards.wait(60)
+        assert seen[0][0] == "calling the model that is not prepared"
+        assert ("compiling again: not prepared", 0) in seen if again else "compiling" not in str(seen)  # its first call
+        assert "compiling again: prepared" not in str(seen)
+        assert free.watch.recompiles == recompiles + again
+        assert "data-note=''" in guards._body.value
+        seen.clear()
+    free.switch.swap("a")
+    live(guards)
+    assert "data-note='changed since: run again'" in guards._body.value
+    assert str(guards).endswith("changed since: run again")
+    assert guards._choices.value is None  # so that each of them can be chosen
+    guards.choose("a")
+    assert "changed since" not in str(guards)
+    free._call = guards.stop
+    guards.choose("same")
+    assert str(guards).endswith("changed since: run again")
 
 
 def test_swaps_by_others_wait_while_it_calls(guards):

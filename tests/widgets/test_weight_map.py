@@ -117,6 +117,10 @@ def test_numbers_are_counted_and_padding_apart():
     map.look()
     assert map.summary == "default is in 0 of 28 layers"
     assert map.summary in map._body.value
+    set_strength(model, 1)
+    assert map.summary == "default is in 28 of 28 layers"  # which looks
+    model.base_model.disable_adapter_layers()
+    assert map.summary == "default is in 0 of 28 layers"
 
 
 METHODS = {
