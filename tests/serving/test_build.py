@@ -55,6 +55,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ({"queue": -1}, "queue=-1"),
         ({"replicas": "0"}, "replicas='0'"),
         ({"timeout": 0}, "timeout=0"),
+        ({"warm": "no"}, "warm='no'.*\n.*at least 0"),
+        ({"dtype": "banana"}, "no such dtype.*\n.*dtype='banana'"),
         ({"held": -1}, "held=-1.*\n.*at least 0"),
         ({"longest_prompt": 40, "longest_answer": 40}, "don't fit the model.*\n.*40.*40.*\n.*64"),
         ({"base": "/nowhere"}, "base model can't be read.*\n.*found:    /nowhere"),
@@ -74,6 +76,13 @@ def test_all_that_is_wrong_is_one_error():
     args = {"row": 8, "rows": 0, "adapters": {"a+b": FAMILY["sort"], "b": "/nowhere"}}
     error = refused("no such argument", Arguments.of, args)
     assert [each.summary.split()[0] for each in error.refusals] == ["The", "The", "An", "Can't"]
+
+
+def test_the_dtype_that_is_asked_for():
+    given = Arguments.of({"dtype": "bfloat16", "warm": "false"})
+    versions = [Version.of("sort", FAMILY["sort"])]
+    assert load_replica(given.base, versions, given.options).pool.model.dtype == torch.bfloat16
+    assert not given.options.warm
 
 
 def test_a_replica_without_adapters():
