@@ -18,13 +18,13 @@ from .replica import BusyError, LateError, Replica
 from .table import Register, Table, Version
 
 #: seconds for the head of a connection's first request, and for answers to end once the server is told to
-HEAD_SECONDS, END_SECONDS = 30, 30
-#: of each process; some files are needed for other things
+HEAD_SECONDS, END_SECONDS, BACKLOG = 30, 30, 128
+#: of each process; other files are needed, and connections are accepted by the backlog before one is closed
 MOST_CONNECTIONS = 800
 with contextlib.suppress(ImportError):  # on Windows there is no such limit
     import resource
 
-    MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100))
+    MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - BACKLOG))
 
 
 class OneProcess(Register):
@@ -99,7 +99,7 @@ async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000
     logging.getLogger("ray.serve").addHandler(logging.StreamHandler())  # the name of the log with Ray, too
     logging.getLogger("ray.serve").setLevel(logging.INFO)
     api = openai_api(backend, given.name, given.token, given.options.longest_prompt)
-    limits = dict(backlog=128, timeout_graceful_shutdown=END_SECONDS, http=Connection)
+    limits = dict(backlog=BACKLOG, timeout_graceful_shutdown=END_SECONDS, http=Connection)
     server = uvicorn.Server(uvicorn.Config(api, **limits))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
