@@ -91,7 +91,7 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
     """Adapters by name, from a folder of them, or from ``name=path,name=path``."""
     if not isinstance(adapters, str):
         return {str(name): str(path) for name, path in adapters.items()}
-    if "=" in adapters:
+    if "=" in adapters and not os.path.isdir(adapters):  # Hydra names folders lr=0.1
         return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
     configs = Path(adapters).glob("*/adapter_config.json") if adapters else ()
     return {path.parent.name: str(path.parent) for path in sorted(configs)}

@@ -39,6 +39,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert (given.name, given.options.longest_prompt, given.options.longest_answer) == (str(base), 192, 64)
     args = {"base": str(base), "longest_prompt": 1024, "longest_answer": 256}
     refused("1024 and 256|don't fit the model", Arguments.of, args)
+    shutil.copytree(FAMILY["sort"], tmp_path / "runs" / "lr=0.1" / "best")
+    assert [*Arguments.of({"base": str(base), "adapters": str(tmp_path / "runs" / "lr=0.1")}).adapters] == ["best"]
     monkeypatch.chdir(demo.ADAPTERS_DIR)
     alone = Arguments.of({"base": str(base)})
     assert (alone.options, alone.adapters) == (given.options, {})  # not those of the current folder
