@@ -100,7 +100,9 @@ class Answer:
         found = [at for at in map(text.find, stops) if at >= 0]
         finish, text = ("stop", text[: min(found)]) if found else (finish, text)
         # text that may be the start of a stop string is not sent yet
-        unsent = max((n for each in stops for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
+        longest = [min(len(each), len(text) + 1) for each in stops]  # a client may send stops of 65,000 letters
+        starts = [each[:n] for each, most in zip(stops, longest, strict=True) for n in range(1, most)]
+        unsent = max((len(each) for each in starts if text.endswith(each)), default=0)
         ready = len(text) if finish else len(text) - unsent
         # so is a letter that takes several tokens
         if finish or (not text.endswith("\ufffd") and ready >= self.ready):

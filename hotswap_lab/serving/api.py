@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from ..core.errors import HotswapError, refusal, refused
 from .answers import Piece, Request, Token
 from .metrics import PATHS, Metrics
-from .replica import BusyError
+from .replica import BusyError, UnreadableError
 from .sampling import Sampling
 from .table import UnknownAdapterError
 
@@ -41,7 +41,10 @@ class TokenError(HotswapError):
 
 
 #: the HTTP status of each kind of error; any other error is 400, the request's own fault
-STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, BusyError: 503}
+STATUS: dict[type, int] = {TokenError: 401, UnknownAdapterError: 404, UnreadableError: 500, BusyError: 503}
+
+#: how long the server waits for the next part of a request's body
+BODY_SECONDS = 30
 
 Stop = Annotated[str, StringConstraints(min_length=1)]
 
@@ -132,14 +135,18 @@ class Middleware:
         self.metrics: Metrics = metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        start, size, status = time.perf_counter(), 0, "500"
+        start, size, status, has_more = time.perf_counter(), 0, "500", scope["type"] == "http"
 
         async def counted() -> Any:
-            nonlocal size
-            message = await receive()
+            nonlocal size, has_more
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS if has_more else None)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, str(refusal("slow_body", seconds=BODY_SECONDS))) from None
             size += len(message.get("body", b""))
             if size > self.most:
                 raise HTTPException(413, str(refusal("long_body", most=self.most)))
+            has_more = message.get("more_body", False)
             return message
 
         async def noted(message: Any) -> None:
@@ -184,7 +191,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         return JSONResponse(told, status, {"Retry-After": "1"} if status == 503 else None)
 
     async def admin(authorization: str = Header("")) -> None:
-        if not token or not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+        if not token or not hmac.compare_digest(authorization.encode("latin-1"), f"Bearer {token}".encode()):
             raise TokenError(refusal("no_token"))
 
     @api.get("/healthz")
@@ -222,16 +229,16 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         return await changed(call, {lora_name: None})
 
     @api.post("/v1/completions")
-    async def completions(asked: AskedText) -> Any:
+    async def completions(call: Call, asked: AskedText) -> Any:
         if asked.echo and asked.logprobs is not None:
             raise refused("echo_with_logprobs", logprobs=asked.logprobs)
         prompt = "".join(asked.prompt)  # also a list of one
-        return await answered(asked, prompt, TEXT, asked.logprobs, prompt if asked.echo else "")
+        return await answered(call, asked, prompt, TEXT, asked.logprobs, prompt if asked.echo else "")
 
     @api.post("/v1/chat/completions")
-    async def chat_completions(asked: AskedChat) -> Any:
+    async def chat_completions(call: Call, asked: AskedChat) -> Any:
         prompt = [message.written() for message in asked.messages]
-        return await answered(asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
+        return await answered(call, asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 
     async def begun(request: Request, prompt: str) -> AsyncGenerator[Piece, None]:
         """The pieces of one answer, the first of them after a prompt, and timed if it is one of several."""
@@ -243,7 +250,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
                 yield replace(piece, text=prompt + piece.text)
                 prompt, has_begun = "", True
 
-    async def answered(asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
+    async def answered(call: Call, asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
             raise refused("no_prompt", field="prompt" if kind == TEXT else "messages")
         extra = asked.model_extra or {}
@@ -276,11 +283,30 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             has_usage = bool((asked.stream_options or {}).get("include_usage"))
             first = await anext(pieces)  # until here, an error has a status of its own
             return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
-        ends = dict([each async for each in pieces])
+        if (ends := await _while_there(call, pieces)) is None:
+            return Response(status_code=499)  # nginx's for a client that has gone; nobody reads it
         choices = [_choice(index, ends[index], kind) for index in range(len(requests))]
         return {**frame, "object": kind, "choices": choices, "usage": _usage([*ends.values()])}
 
     return api
+
+
+async def _while_there(call: Call, pieces: AsyncGenerator[tuple[int, Piece], None]) -> dict[int, Piece] | None:
+    """The last piece of each answer; None if the client goes away meanwhile, which ends the computing."""
+
+    async def read() -> dict[int, Piece]:
+        async with contextlib.aclosing(pieces):
+            return dict([each async for each in pieces])
+
+    # the body has been read, so that the next message can only be that the client has gone
+    reading, leaving = asyncio.ensure_future(read()), asyncio.ensure_future(call.receive())
+    try:
+        await asyncio.wait([reading, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return await reading if reading.done() else None
+    finally:
+        for each in (reading, leaving):
+            each.cancel()
+        await asyncio.gather(reading, leaving, return_exceptions=True)
 
 
 async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:

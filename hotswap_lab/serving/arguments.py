@@ -21,7 +21,7 @@ from .table import Version, check_rank
 #: for the embedded model
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
 DEMO |= {"longest_prompt": 32, "longest_answer": 32}
-#: the numbers among the arguments, with their defaults; where that is not 0, the number must be positive
+#: the numbers among the arguments, with their defaults; where that is a number other than 0, it must be positive
 NUMBERS: dict[str, int] = {"replicas": 1}
 NUMBERS |= {each.name: each.default for each in fields(Options) if isinstance(each.default, int)}
 
@@ -43,7 +43,7 @@ class Arguments:
         defaults = {"adapters": ""} if "base" in args else DEMO
         given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **defaults, **args}
         base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
-        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package"]
+        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package", "dtype"]
         if unknown := [each for each in given if each not in known]:
             known = ["base", "adapters", "token", *known]
             wrong.append(refusal("unknown_argument", found=listing(unknown), known=", ".join(known)))
@@ -56,7 +56,9 @@ class Arguments:
 
         numbers = {each: tried(_number, each, given.get(each, default)) for each, default in NUMBERS.items()}
         replicas = numbers.pop("replicas")
-        options = Options(**numbers, package=str(given.get("package", "")))
+        options = Options(**numbers, package=str(given.get("package", "")), dtype=str(given.get("dtype", "")))
+        if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+            wrong.append(refusal("bad_dtype", dtype=options.dtype))
         if not wrong:
             options = tried(_for_base, options, base)
         folders = folders_of(adapters)
@@ -75,7 +77,7 @@ def load_replica(base: str, versions: Sequence[Version], options: Options) -> Re
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if base == str(demo.BASE_DIR):
         tokenizer.chat_template = "{{ messages[-1]['content'] }}" + demo.SEPARATOR
-    model = demo.load_quietly(base, "auto").to("cuda" if torch.cuda.is_available() else "cpu")
+    model = demo.load_quietly(base, options.dtype or "auto").to("cuda" if torch.cuda.is_available() else "cpu")
     originals = {}
     if versions:
         originals = copies_for(model, versions[0].load())
@@ -89,14 +91,14 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
     """Adapters by name, from a folder of them, or from ``name=path,name=path``."""
     if not isinstance(adapters, str):
         return {str(name): str(path) for name, path in adapters.items()}
-    if "=" in adapters:
+    if "=" in adapters and not os.path.isdir(adapters):  # Hydra names folders lr=0.1
         return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
     configs = Path(adapters).glob("*/adapter_config.json") if adapters else ()
     return {path.parent.name: str(path.parent) for path in sorted(configs)}
 
 
 def _number(name: str, value: object) -> int:
-    text, least = str(value).lower(), int(NUMBERS[name] > 0)
+    text, least = str(value).lower(), int(NUMBERS[name] > 0 and NUMBERS[name] is not True)
     with contextlib.suppress(ValueError):
         if (number := int({"true": "1", "false": "0"}.get(text, text))) >= least:
             return number

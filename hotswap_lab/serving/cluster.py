@@ -72,6 +72,8 @@ class ReplicaDeployment:
     async def __init__(self, base: str, options: Options):
         table = await serve.get_deployment_handle(REGISTER).adopt.remote()
         self._replica = await asyncio.to_thread(load_replica, base, list(table.versions.values()), options)
+        if options.warm:
+            await self._replica.warm()
 
         @serve.multiplexed(max_num_models_per_replica=self._replica.held)
         async def note(key: str) -> str:

@@ -2,17 +2,29 @@
 
 import asyncio
 import contextlib
+import logging
+import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from ..core.errors import refusal
+from ..core.errors import refusal, refused
 from .answers import Piece, Request
 from .api import openai_api
 from .arguments import Arguments, load_replica
 from .replica import BusyError, LateError, Replica
 from .table import Register, Table, Version
+
+#: seconds for the head of a connection's first request, and for answers to end once the server is told to
+HEAD_SECONDS, END_SECONDS, BACKLOG = 30, 30, 128
+#: of each process; other files are needed, and connections are accepted by the backlog before one is closed
+MOST_CONNECTIONS = 800
+with contextlib.suppress(ImportError):  # on Windows there is no such limit
+    import resource
+
+    MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - BACKLOG))
 
 
 class OneProcess(Register):
@@ -33,7 +45,11 @@ class OneProcess(Register):
         """Read the adapters and the model."""
         given = self.arguments
         versions = list((await super().change(given.adapters)).versions.values())
-        self._started = await asyncio.to_thread(load_replica, given.base, versions, given.options)
+        replica = await asyncio.to_thread(load_replica, given.base, versions, given.options)
+        if given.options.warm:
+            print("The model is loaded. Warming up ...", flush=True)
+            await replica.warm()
+        self._started = replica
 
     @property
     def replica(self) -> Replica:
@@ -62,17 +78,38 @@ class OneProcess(Register):
         return [self._started.state] if self._started else []
 
 
+class Connection(AutoHTTPProtocol):
+    """A connection, closed if no request comes in time, or if there are more than this process may have files."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.close()
+        self.loop.call_later(HEAD_SECONDS, lambda: self.cycle is None and transport.close())
+
+
 async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until the process is interrupted. ``args`` are those of :func:`hotswap_lab.serving.app`."""
     backend = OneProcess(Arguments.of(args))
     given = backend.arguments
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise refused("no_port", host=host, port=port, error=error) from None
+    logging.getLogger("ray.serve").addHandler(logging.StreamHandler())  # the name of the log with Ray, too
+    logging.getLogger("ray.serve").setLevel(logging.INFO)
     api = openai_api(backend, given.name, given.token, given.options.longest_prompt)
-    server = uvicorn.Server(uvicorn.Config(api, host=host, port=port))
-    serving = asyncio.create_task(server.serve())
+    limits = dict(backlog=BACKLOG, timeout_graceful_shutdown=END_SECONDS, http=Connection)
+    server = uvicorn.Server(uvicorn.Config(api, **limits))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await backend.start()
         if not server.should_exit:  # by Ctrl-C
-            print(f"Ready: {len(given.adapters)} adapters of {given.name}, http://{host}:{port}/docs", flush=True)
+            dtype = backend.replica.pool.model.dtype
+            print(
+                f"Ready: {len(given.adapters)} adapters of {given.name} in {dtype}, http://{host}:{port}/docs",
+                flush=True,
+            )
     except BaseException:  # of a model that can't be read, or Ctrl-C: the port is free again before it is said
         server.should_exit = True
         await serving

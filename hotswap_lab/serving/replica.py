@@ -43,6 +43,10 @@ class LateError(BusyError):
     """No answer within the time that a request may wait."""
 
 
+class UnreadableError(HotswapError):
+    """The files of an adapter that is served can't be read, or are others now: the server's fault, not a request's."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a replica answers.
@@ -53,7 +57,9 @@ class Options:
     ``held``: how many adapters are in memory; the ones used least recently are dropped, and read again when wanted; 0
     is twice as many as there are at first, so that new versions find room next to the old ones. ``compile``: whether
     the model is compiled, once for each of two shapes. ``package``: a folder with the model compiled ahead of time; the
-    first start writes it. ``timeout``: how many seconds a request waits for the next piece of its answer.
+    first start writes it. ``timeout``: how many seconds a request waits for the next piece of its answer. ``warm``:
+    whether a server answers once by itself before it is ready. ``dtype``: the model's, as ``bfloat16``; without it, its
+    files' own.
     """
 
     rows: int = 8
@@ -65,6 +71,8 @@ class Options:
     compile: int = False
     package: str = ""
     timeout: int = 120
+    warm: int = True
+    dtype: str = ""
 
     def for_model(self, config: Any) -> Options:
         """The same options, with the lengths that a model with this config reads where they are 0."""
@@ -132,6 +140,8 @@ class Replica:
         #: by their names in the pool, the one used least recently first
         self._held = {version.key: version for version in versions[: self.held]}
         adapters = {key: version.load() for key, version in self._held.items()}
+        # a proof is of the layers that some row's adapter changes
+        self._unlike = {frozenset(each.tensors): self._held[key] for key, each in adapters.items()}.values()
         ranks = sorted(highest_rank(each.config) for each in adapters.values())
         loaded = highest_rank(next(iter(model.peft_config.values())))
         #: the highest rank that there is room for
@@ -146,6 +156,8 @@ class Replica:
         self._lock = threading.Lock()
         self._waiting: deque[Answer] = deque()
         self._worker: asyncio.Task | None = None
+        #: how many accepted requests need each version: it stays in memory, since its files may be replaced meanwhile
+        self._wanted: Counter[str] = Counter()
         self.counts: Counter[str] = Counter(requests=0, prompt_tokens=0, tokens=0, swaps=0, rows_in_use=0)
 
     def _make_reader(self, rows: int) -> Reader | None:
@@ -175,26 +187,47 @@ class Replica:
 
         Raises
         ------
+        UnreadableError
+            If one can't be read, or has other weights here than where it was checked first.
         HotswapError
-            If one can't be read, has other weights here than where it was checked first, or doesn't fit the room.
+            If one doesn't fit the room.
         """
         with self._lock:
             for version in versions:
                 if version.key not in self._held:
-                    adapter = version.load()
+                    try:
+                        adapter = version.load()
+                    except HotswapError as error:
+                        raise UnreadableError(*error.refusals) from None
                     check_rank(version.name, adapter.config, self.target_rank)
                     try:
                         self.pool.add(version.key, adapter)
                     except HotswapError as error:
                         raise self._in_our_words(error) from None
                 self._held[version.key] = self._held.pop(version.key, version)
-                for key in list(self._held)[: -self.held]:
+                for key in [each for each in list(self._held)[: -self.held] if not self._wanted[each]]:
                     with contextlib.suppress(HotswapError):  # it is in use
                         self.pool.remove(key)
                         del self._held[key]
                         # glibc would keep the memory of removed adapters, in pieces that the next ones do not fit into
                         with contextlib.suppress(OSError, AttributeError):  # another C library
                             ctypes.CDLL(None).malloc_trim(0)
+
+    async def warm(self) -> None:
+        """Does what is done once: the rows' proof, compiling, and what else the first call of each shape takes."""
+        words = ["warm up " * CHUNK, "warm up", "a"]  # the first that is not too long for the server's limits
+        for prompt in [*([{"role": "user", "content": text}] for text in words), *words]:
+            with contextlib.suppress(HotswapError):
+                self._ids_of(request := Request(prompt=prompt, max_tokens=min(2, self.options.longest_answer)))
+                break
+
+        async def ask(shares: Mapping[Version, float]) -> None:
+            async for _ in self.answer(replace(request, shares=shares)):
+                pass
+
+        asked: list[dict[Version, float]] = [{}, *({version: 1.0} for version in self._unlike)]
+        await asyncio.gather(*map(ask, asked[: self.options.queue]))
+        self.counts.subtract(dict(self.counts))  # they are of requests
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         """The answer, piece by piece. Closing the generator stops the computing as well.
@@ -207,13 +240,19 @@ class Replica:
             If the prompt or the answer would be too long, or an adapter or a mix doesn't fit.
         """
         answer = Answer(request, await asyncio.to_thread(self._ids_of, request), self)
-        await asyncio.to_thread(self.load, list(request.shares))
-        if len(self._waiting) >= self.options.queue:
-            raise BusyError(refusal("too_many_wait"))
-        self._waiting.append(answer)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        keys = [version.key for version in request.shares]
+        self._wanted.update(keys)
         try:
+            try:
+                await asyncio.to_thread(self.load, list(request.shares))
+            except UnreadableError as error:  # it names paths of the server, which are none of a client's business
+                _log.error("A request for %s failed: %s", ", ".join(map(str, request.shares)), error)
+                raise UnreadableError(refusal("unreadable")) from None
+            if len(self._waiting) >= self.options.queue:
+                raise BusyError(refusal("too_many_wait"))
+            self._waiting.append(answer)
+            if self._worker is None or self._worker.done():
+                self._worker = asyncio.create_task(self._work())
             while not isinstance(piece := await answer.pieces.get(), Exception):
                 yield piece
                 if piece.finish:
@@ -221,6 +260,7 @@ class Replica:
             raise piece
         finally:
             answer.is_over = True
+            self._wanted.subtract(keys)
 
     def _ids_of(self, request: Request) -> list[int]:
         options, prompt = self.options, request.prompt

@@ -46,12 +46,16 @@ def running(**args: Any) -> Iterator[str]:
         ray.shutdown()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def one_process(**args: Any) -> Iterator[str]:
     """The address of ``hotswap-lab serve``, as a user starts it, once it answers; at the end it is interrupted."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     adapters = {"adapters": ",".join(map("=".join, args.pop("adapters").items()))}
     given = [f"{name}={value}" for name, value in {"token": TOKEN, **adapters, **args}.items()]
     command = [sys.executable, "-m", "hotswap_lab", "serve", "--port", f"{port}", "--set", *given]

@@ -102,6 +102,61 @@ def sent(api, path, body=None, authorization="Bearer secret"):
     return with_client(api, lambda client: client._client.request(**how))
 
 
+def status_of(api, body, then):
+    """The status that a client gets which sends a body, or a part of one, and then what ``then`` waits for."""
+    path, messages, statuses = TEXT, [{"type": "http.request", "body": body, "more_body": b"}" not in body}], []
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("served", 80), "client": ("other", 1)}
+
+    async def receive():
+        return messages.pop() if messages else await then()
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    asyncio.run(asyncio.wait_for(api(scope, receive, send), 60))
+    return statuses[0]
+
+
+def test_who_goes_away_is_no_longer_computed_for(served, api):
+    counts = served.replicas[0].counts
+    before = counts["tokens"]
+
+    async def leaves():
+        while counts["tokens"] < before + 2:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    assert status_of(api, b'{"model": "double", "prompt": "notebook>"}', leaves) == 499
+    assert before + 2 <= counts["tokens"] < before + 17
+    assert served.replicas[0].state["waiting"] == 0
+    served.assert_right(["double"])
+
+
+def test_a_body_that_stops_halfway(api, monkeypatch):
+    monkeypatch.setattr("hotswap_lab.serving.api.BODY_SECONDS", 0.05)
+    assert status_of(api, b'{"model": ', asyncio.Event().wait) == 408
+
+
+def test_a_long_stop_costs_no_more_than_the_text(served):
+    class Stop(str):
+        parts = 0
+
+        def __getitem__(self, which):
+            Stop.parts += 1
+            return super().__getitem__(which)
+
+    assert asyncio.run(served.ask("double", "notebook", stop=(Stop("a" * 65_000),))) == "notebooknotebook"
+    assert 0 < Stop.parts <= 17 * 17
+
+
+def test_a_token_in_utf_8(served):
+    authorization = "Bearer Schlüssel".encode()
+    assert sent(openai_api(served, "demo", token="Schlüssel"), ADMIN, {}, authorization).status_code == 200
+    assert sent(openai_api(served, "demo", token="Schlussel"), ADMIN, {}, authorization).status_code == 401
+
+
 def test_too_many_requests(served, monkeypatch):
     monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.3)  # till all have come
     monkeypatch.setattr(served.replicas[0], "options", replace(SHORT, queue=3))

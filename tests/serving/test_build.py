@@ -39,6 +39,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert (given.name, given.options.longest_prompt, given.options.longest_answer) == (str(base), 192, 64)
     args = {"base": str(base), "longest_prompt": 1024, "longest_answer": 256}
     refused("1024 and 256|don't fit the model", Arguments.of, args)
+    shutil.copytree(FAMILY["sort"], tmp_path / "runs" / "lr=0.1" / "best")
+    assert [*Arguments.of({"base": str(base), "adapters": str(tmp_path / "runs" / "lr=0.1")}).adapters] == ["best"]
     monkeypatch.chdir(demo.ADAPTERS_DIR)
     alone = Arguments.of({"base": str(base)})
     assert (alone.options, alone.adapters) == (given.options, {})  # not those of the current folder
@@ -55,6 +57,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ({"queue": -1}, "queue=-1"),
         ({"replicas": "0"}, "replicas='0'"),
         ({"timeout": 0}, "timeout=0"),
+        ({"warm": "no"}, "warm='no'.*\n.*at least 0"),
+        ({"dtype": "banana"}, "no such dtype.*\n.*dtype='banana'"),
         ({"held": -1}, "held=-1.*\n.*at least 0"),
         ({"longest_prompt": 40, "longest_answer": 40}, "don't fit the model.*\n.*40.*40.*\n.*64"),
         ({"base": "/nowhere"}, "base model can't be read.*\n.*found:    /nowhere"),
@@ -74,6 +78,13 @@ def test_all_that_is_wrong_is_one_error():
     args = {"row": 8, "rows": 0, "adapters": {"a+b": FAMILY["sort"], "b": "/nowhere"}}
     error = refused("no such argument", Arguments.of, args)
     assert [each.summary.split()[0] for each in error.refusals] == ["The", "The", "An", "Can't"]
+
+
+def test_the_dtype_that_is_asked_for():
+    given = Arguments.of({"dtype": "bfloat16", "warm": "false"})
+    versions = [Version.of("sort", FAMILY["sort"])]
+    assert load_replica(given.base, versions, given.options).pool.model.dtype == torch.bfloat16
+    assert not given.options.warm
 
 
 def test_a_replica_without_adapters():

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import re
+import shutil
 import subprocess
 import sys
 from array import array
@@ -20,9 +21,11 @@ from peft import PeftModel
 from refusals import refused
 from row_truth import together
 from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter, text_of
+from test_api import TEXT, sent
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
+from hotswap_lab.serving.api import openai_api
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +425,66 @@ def test_files_that_have_changed_since_they_were_checked(tmp_path):
     replica = replica_of({"shout": FAMILY["shout"]})
     refused("voice@1 has other weights", replica.load, [version])
     assert replica.pool.names == [Version.of("shout", FAMILY["shout"]).key]
+
+
+def test_files_that_are_gone_are_the_servers_trouble(tmp_path):
+    paths = {"shout": FAMILY["shout"], "voice": save_random_adapter(tmp_path / "voice", 1)}
+    served = Served(paths)
+    replica = served.replicas[0]
+    replica.pool.remove(served.table.versions["voice"].key)
+    del replica._held[served.table.versions["voice"].key]
+    (tmp_path / "voice" / "adapter_config.json").unlink()
+    with logged() as messages:
+        told = sent(openai_api(served, "demo"), TEXT, {"model": "voice", "prompt": "hotswap>"})
+    assert told.status_code == 500
+    assert "can't read this adapter any more" in told.text
+    assert str(tmp_path) not in told.text
+    assert str(tmp_path) in "".join(messages)
+    assert served.assert_right(["shout"]) == ["HOTSWAP!"]
+
+
+def test_a_version_stays_in_memory_while_an_accepted_request_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.5)  # the rows are given after the files are gone
+    voice, *others = [save_random_adapter(tmp_path / f"voice{n}", n) for n in range(6)]
+    expected = alone(voice, "hotswap")
+    served = Served({"voice": voice}, replace(SHORT, rows=2, held=4))
+
+    async def run():
+        asking = asyncio.ensure_future(served.ask("voice", "hotswap"))
+        while not served.replicas[0].state["waiting"]:
+            await asyncio.sleep(0.01)
+        await served.change({**{f"other{n}": path for n, path in enumerate(others)}, "voice": None})
+        shutil.rmtree(voice)
+        return await asking
+
+    assert asyncio.run(run()) == expected[:24]
+    assert not +served.replicas[0]._wanted
+    asyncio.run(served.load([*served.table.versions.values()][:1]))
+    assert len(served.replicas[0].pool) == 4
+
+
+def test_warm_once_and_the_first_answers_need_no_more_calls_than_others(monkeypatch):
+    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.3)  # till all have come
+    replica, calls = replica_of(dict(list(FAMILY.items())[:2])), []
+    replica.pool.model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+
+    async def ask(shares):
+        return [piece async for piece in replica.answer(Request(prompt="hotswap>", shares=shares, max_tokens=3))]
+
+    async def count():
+        before = len(calls)
+        versions = [*replica._held.values()]
+        await asyncio.gather(ask({versions[0]: 1.0}), ask({versions[1]: 1.0}), ask({}))
+        return len(calls) - before
+
+    async def run():
+        await replica.warm()
+        assert replica.state["requests"] == replica.state["tokens"] == 0
+        return await count(), await count()
+
+    first, second = asyncio.run(run())
+    assert (first, second) == (3, 3)
+    assert len(calls) > 8, "a proof of the rows"
 
 
 def test_few_are_held_and_all_are_answered():
