@@ -133,12 +133,9 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
             if id(each) in keys and key in now:
                 origins[keys[id(each)]] = now[key]
 
-    handle = model.register_load_state_dict_pre_hook(keep_apart)
-    try:
-        (adapter_name,) = model.peft_config
+    (adapter_name,) = model.peft_config
+    with model.register_load_state_dict_pre_hook(keep_apart):
         result = set_peft_model_state_dict(model, file, adapter_name)
-    finally:
-        handle.remove()
     result.missing_keys[:] = [key for key in result.missing_keys if key not in base_keys]
     return base_values, origins, result
 

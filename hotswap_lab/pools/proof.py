@@ -244,8 +244,5 @@ def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
         generator = torch.Generator().manual_seed(seed)
         return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 
-    handle = embedding.register_forward_hook(add)
-    try:
+    with embedding.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()
