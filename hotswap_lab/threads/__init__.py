@@ -349,13 +349,11 @@ def put_back(action: Callable[[], object], what: str) -> None:
 
     ``what`` ends a warning: it says what a second Ctrl-C leaves as it is.
     """
-    token = _patience.set(math.inf)
-    try:
-        action()
-    except KeyboardInterrupt:
-        text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
-        warnings.warn(text, stacklevel=5)
-        action()
-        raise
-    finally:
-        _patience.reset(token)
+    with waiting_at_most(math.inf):
+        try:
+            action()
+        except KeyboardInterrupt:
+            text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
+            warnings.warn(text, stacklevel=5)
+            action()
+            raise
