@@ -149,8 +149,8 @@ def _space_in(
     for label, ranks in wanted:
         for path, rank in ranks.items():
             if target_rank is not None and target_rank < rank:
-                found = dict(target_rank=target_rank, own=rank, path=path, label=label)
-                refusals.append(refusal("target_rank_too_low", **found))
+                reason = refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
+                refusals.append(reason)
                 break
             space[path] = max(space.get(path, 0), rank, target_rank or 0)
     return space, refusals or [*slot.method.no_room(slot, space)]
