@@ -101,12 +101,11 @@ def check_not_compiled(
     compiled = compiled_in(model)
     if reason := blind_spot(model, compiled, prepared=True):
         raise refused("graph_would_not_notice", reason=reason)
-    if check_compiled == "ignore" or not compiled:
-        return
-    error = refused("prepare_before_compiling", found=found)
-    if check_compiled == "error":
-        raise error
-    warnings.warn(str(error), stacklevel=3)
+    if compiled and check_compiled != "ignore":
+        error = refused("prepare_before_compiling", found=found)
+        if check_compiled == "error":
+            raise error
+        warnings.warn(str(error), stacklevel=3)
 
 
 def as_list(adapters: Any) -> list[Any]:
