@@ -28,7 +28,7 @@ from ..core.planner import adaptable, check_compiled, misfits, only_for
 from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
-from ..core.wrappers import wrappers_in
+from ..core.wrappers import is_wrapper
 from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
@@ -207,7 +207,8 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     plan.config.inference_mode = slot.config.inference_mode
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
-    in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
+    around = filter(is_wrapper, slot.host.base.modules())
+    in_base = {each for wrapper in around for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
     plan.graft, plan.targets = _decide(plan, in_base - {name})

@@ -520,7 +520,7 @@ class _Comparison:
 
 def activity_of(host: Host) -> tuple[list[str], bool]:
     """The adapters that a model computes with, and whether they are disabled."""
-    for path, module in wrappers.wrappers_in(host.base):
+    for path, module in host.base.named_modules():
         # the layer inside a wrapper for trained tokens has active adapters of its own
         if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):
             return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters

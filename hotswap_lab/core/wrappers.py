@@ -56,13 +56,6 @@ def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
     return modules[name]
 
 
-def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All wrappers in a base model, with their paths."""
-    for path, module in base.named_modules():
-        if is_wrapper(module):
-            yield path, module
-
-
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
     """The wrappers around a module of the base model, outermost first, and that module."""
     wrappers = []
