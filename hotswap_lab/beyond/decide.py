@@ -47,17 +47,17 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 # ---- is it such a swap?
 
 
-def is_beyond(plan: Plan) -> bool:
-    """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
+def plan_beyond(plan: Plan) -> Plan | None:
+    """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    if originals.get(slot.adapter_name):
-        return True
+    has_overwritten = bool(originals.get(slot.adapter_name))
     # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
-    if plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name)):
-        return True
+    is_restored = plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name))
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
-    return has_more or slot.once_for(new, _needs_more)
+    if has_overwritten or is_restored or has_more or slot.once_for(new, _needs_more):
+        return plan_with_fresh_load(plan)
+    return None
 
 
 def _has_extra_state(slot: Slot, config: PeftConfig) -> bool:
@@ -73,25 +73,11 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
     return any(slot.method.is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
 
 
-def changes_form(plan: Plan) -> bool:
-    """Whether the swap adds tensors to a layer or removes them: DoRA's magnitude, a bias."""
-    slot = plan.slot
-    if not (others := slot.once_for(plan.config, _layers_of_another_form)):
-        return False
-    keys = {slot.own_keys.get(name, name) for name in map(canonical_path, plan.adapter.tensors)}
-    return any(layer.keys[0] in keys for layer in others)
-
-
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
     """The layers that have other tensors than an adapter with this config."""
     dora, bias = form_for(config)
     same_kind = slot.reads_base == dora
     return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
-
-
-def plan_beyond(plan: Plan) -> Plan | None:
-    """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
-    return plan_with_fresh_load(plan) if is_beyond(plan) else None
 
 
 def take_base_weights(plan: Plan) -> None:
@@ -112,8 +98,12 @@ def take_base_weights(plan: Plan) -> None:
 
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
-    if changes_form(plan):
-        return plan_with_fresh_load(plan)
+    slot = plan.slot
+    if others := slot.once_for(plan.config, _layers_of_another_form):
+        keys = {slot.own_keys.get(name, name) for name in map(canonical_path, plan.adapter.tensors)}
+        # tensors are added to a layer or removed from it: DoRA's magnitude, a bias
+        if any(layer.keys[0] in keys for layer in others):
+            return plan_with_fresh_load(plan)
     is_free = plan.unknown and not plan.compiled and not plan.is_prepared and not plan.refusals
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(plan)).ok:
         return other
