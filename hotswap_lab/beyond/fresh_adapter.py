@@ -27,6 +27,8 @@ class FreshAdapter:
     """A freshly loaded adapter, next to the live model."""
 
     model: PeftModel
+    #: as PEFT has completed it
+    config: PeftConfig
     twin: BaseTwin
     #: base weights in the adapter's file, by their names in the base model
     base_values: Mapping[str, torch.Tensor]
@@ -38,11 +40,6 @@ class FreshAdapter:
     unexpected: list[str]
     #: tensors of the adapter that the file has no values for
     missing: list[str]
-
-    @property
-    def config(self) -> PeftConfig:
-        (config,) = self.model.peft_config.values()
-        return config
 
 
 def load_fresh_adapter(
@@ -88,11 +85,12 @@ def load_fresh_adapter(
                     parameter.requires_grad_(requires_grad)
     if twin.was_changed():
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
-    vars(model.peft_config[adapter_name]).update(taken_out)
+    config = model.peft_config[adapter_name]
+    vars(config).update(taken_out)
     if config.inference_mode:
         model.eval()
     unexpected, missing = _mismatches(model, tensors, file.keys(), adapter_name, result)
-    return FreshAdapter(model, twin, base_values, twins, origins, unexpected, missing)
+    return FreshAdapter(model, config, twin, base_values, twins, origins, unexpected, missing)
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
