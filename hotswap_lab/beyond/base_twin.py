@@ -40,10 +40,6 @@ class BaseTwin:
     #: whether the live model's forward may have changed the order of a module's parameters
     is_unordered: bool = False
 
-    def was_changed(self) -> bool:
-        """Whether PEFT replaced the memory of a base weight while it loaded an adapter."""
-        return any(twin.data_ptr() != self.live_of[id(twin)].data_ptr() for twin in self.parameters)
-
 
 def make_base_twin(base: torch.nn.Module) -> BaseTwin:
     """Make the twin of a base model.

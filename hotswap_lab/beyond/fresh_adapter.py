@@ -83,7 +83,7 @@ def load_fresh_adapter(
             with interrupts_held():
                 for parameter, requires_grad in twin.shared:
                     parameter.requires_grad_(requires_grad)
-    if twin.was_changed():
+    if any(each.data_ptr() != twin.live_of[id(each)].data_ptr() for each in twin.parameters):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     config = model.peft_config[adapter_name]
     vars(config).update(taken_out)
