@@ -35,7 +35,7 @@ from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
 from .shards import check_parallel_training, holds_shards
-from .targets import Targets, find_targets, keep_targets, targets_of
+from .targets import TARGETS, Targets, find_targets, keep_targets
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -224,7 +224,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     if _layers_of_base(config) != _layers_of_base(slot.config):
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
-    known = targets_of(slot)
+    known: Targets | None = host.base.__dict__.get(TARGETS, {}).get(name)
     is_usual = not (kept_originals(host.base, name) or slot.once(overlaps_in))
     may_restore = plan.base_weights and lost_originals(host, name)
     if known and is_usual and not may_restore and known.fit(slot, adapter):

@@ -69,11 +69,6 @@ class Targets:
         return completed
 
 
-def targets_of(slot: Slot) -> Targets | None:
-    """The targets of the slot's adapter, or None if no fresh load has found them."""
-    return slot.host.base.__dict__.get(TARGETS, {}).get(slot.adapter_name)
-
-
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
     """Store the targets of an adapter (None: unknown) on the base model; ``config`` is the one put into the model."""
     noted, own = slot.host.base.__dict__, targets and replace(targets, in_model=config)
