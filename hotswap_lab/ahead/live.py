@@ -1,7 +1,5 @@
 """What compiled code depends on in a live model: its modules and their settings, its tensors, its state."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -4,8 +4,6 @@ PEFT loads an adapter by changing the model that it is given. Given a twin, it b
 model, which takes no more memory than the adapter.
 """
 
-from __future__ import annotations
-
 import copy
 import dis
 import functools

@@ -3,8 +3,6 @@
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

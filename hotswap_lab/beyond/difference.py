@@ -12,8 +12,6 @@ Say LoRA with r=4 on ``q_proj`` and ``v_proj`` is swapped for DoRA with r=6 on `
 All of it is noted in a :class:`Graft`, and written later.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

@@ -3,8 +3,6 @@
 These swaps copy from a freshly loaded adapter, so this module needs to know only where a method keeps its tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar

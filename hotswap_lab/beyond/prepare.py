@@ -5,8 +5,6 @@ tensor gets room for the highest rank of a family, and scalings become tensors. 
 loads the adapter again, and copies tensor by tensor.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ The next adapter with the same config differs only in the values of its tensors.
 and PEFT need not load that adapter.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

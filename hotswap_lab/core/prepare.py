@@ -5,8 +5,6 @@ weights get the highest rank of the family (zeros beyond an adapter's own rank c
 tensors, and layers that only other adapters of the family have are added now, turned off.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ and from a layer, writing it, checking its value and packing it follow from ther
 one that a later PEFT brings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

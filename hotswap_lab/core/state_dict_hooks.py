@@ -6,8 +6,6 @@ stays valid. An adapter of a lower rank than was prepared for is padded with zer
 ``load_state_dict`` does not miss them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial

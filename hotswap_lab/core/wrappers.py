@@ -4,8 +4,6 @@ A wrapper is a tuner layer, an auxiliary wrapper (a saved module, trained tokens
 an adapter in tables under its name: ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain ``dict``.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, MutableMapping
 from typing import Any

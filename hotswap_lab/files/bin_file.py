@@ -1,7 +1,5 @@
 """Reading ``adapter_model.bin``, PEFT's older format: a pickle, of which only tensors are loaded."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Mapping

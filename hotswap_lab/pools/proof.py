@@ -9,8 +9,6 @@ row that got another row's adapter, anywhere, differs in at least one of these f
 which are then tried in both orders.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import re

@@ -4,8 +4,6 @@ Row 0 is the slot: the parameters are views of it, and PEFT shows and saves it. 
 contiguous, so that one copy puts an adapter into a row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
