@@ -7,6 +7,7 @@ a compilation, so it costs nothing while nothing is compiled.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -262,12 +263,9 @@ def _why_not_inductor() -> str | None:
     if (reason := _try_inductor()) is None:
         return None
     # an interrupted build stays in the compiler's cache, broken, so the compiler gets a second try with a fresh cache
-    try:
-        fresh_cache = compat.fresh_inductor_cache
-    except ImportError:
-        return reason
-    with fresh_cache():
+    with contextlib.suppress(ImportError), compat.fresh_inductor_cache():
         return reason if _try_inductor() else None
+    return reason
 
 
 def _try_inductor() -> str | None:

@@ -1,7 +1,5 @@
 """The file of a compiled model: PyTorch's archive, with a description, a few values, and a checksum of all of it."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """What compiled code depends on in a live model: its modules and their settings, its tensors, its state."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -251,12 +249,10 @@ class Watched:
         return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _is_replaced(self) -> bool:
-        try:
-            if self._tables != self._entries:
-                return True
-        except RuntimeError:  # two tensors were compared
-            return True
-        return any(table.get(key) is not tensor for table, key, tensor in self._single)
+        with contextlib.suppress(RuntimeError):  # two tensors were compared
+            if self._tables == self._entries:
+                return any(table.get(key) is not tensor for table, key, tensor in self._single)
+        return True
 
     def _code_now(self) -> list[list[Any]]:
         """What computes beside the forwards of classes."""

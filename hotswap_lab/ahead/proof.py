@@ -5,8 +5,6 @@ code of each gets the same. So it takes the time of two forwards. What a compari
 forward that was written anew, an adapter of another kind, layers that are alike in all but what they do.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

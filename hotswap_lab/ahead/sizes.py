@@ -4,8 +4,6 @@ An export follows one path through a model's Python code: ``if length % 4`` is d
 then on. The conditions are expressions of SymPy, which are stored as text: ``Eq(Mod(s27, 4), 0)``.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -4,8 +4,6 @@ PEFT loads an adapter by changing the model that it is given. Given a twin, it b
 model, which takes no more memory than the adapter.
 """
 
-from __future__ import annotations
-
 import copy
 import dis
 import functools
@@ -39,10 +37,6 @@ class BaseTwin:
     shared: list[tuple[torch.nn.Parameter, bool]] = field(default_factory=list)
     #: whether the live model's forward may have changed the order of a module's parameters
     is_unordered: bool = False
-
-    def was_changed(self) -> bool:
-        """Whether PEFT replaced the memory of a base weight while it loaded an adapter."""
-        return any(twin.data_ptr() != self.live_of[id(twin)].data_ptr() for twin in self.parameters)
 
 
 def make_base_twin(base: torch.nn.Module) -> BaseTwin:

@@ -6,8 +6,6 @@ caller must pass them. A file may have any base weight, and nothing in the model
 weights that the caller passes for the first time are compared with the model's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence

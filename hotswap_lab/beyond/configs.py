@@ -1,7 +1,5 @@
 """Configs that ask for more than plain LoRA: which of these can't be swapped, and what they add."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

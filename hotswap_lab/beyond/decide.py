@@ -3,8 +3,6 @@
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -28,14 +26,14 @@ from ..core.planner import adaptable, check_compiled, misfits, only_for
 from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
-from ..core.wrappers import wrappers_in
+from ..core.wrappers import is_wrapper
 from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
 from .shards import check_parallel_training, holds_shards
-from .targets import Targets, find_targets, keep_targets, targets_of
+from .targets import TARGETS, Targets, find_targets, keep_targets
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 FORMER_LAYERS = "hotswap_former_layers"
@@ -47,17 +45,17 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 # ---- is it such a swap?
 
 
-def is_beyond(plan: Plan) -> bool:
-    """Whether one of the two adapters has more than LoRA's own tensors, or is of another method."""
+def plan_beyond(plan: Plan) -> Plan | None:
+    """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    if originals.get(slot.adapter_name):
-        return True
+    has_overwritten = bool(originals.get(slot.adapter_name))
     # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
-    if plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name)):
-        return True
+    is_restored = plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name))
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
-    return has_more or slot.once_for(new, _needs_more)
+    if has_overwritten or is_restored or has_more or slot.once_for(new, _needs_more):
+        return plan_with_fresh_load(plan)
+    return None
 
 
 def _has_extra_state(slot: Slot, config: PeftConfig) -> bool:
@@ -73,25 +71,11 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
     return any(slot.method.is_special(layer.module, slot.adapter_name) for layer, _ in slot.obstacles)
 
 
-def changes_form(plan: Plan) -> bool:
-    """Whether the swap adds tensors to a layer or removes them: DoRA's magnitude, a bias."""
-    slot = plan.slot
-    if not (others := slot.once_for(plan.config, _layers_of_another_form)):
-        return False
-    keys = {slot.own_keys.get(name, name) for name in map(canonical_path, plan.adapter.tensors)}
-    return any(layer.keys[0] in keys for layer in others)
-
-
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
     """The layers that have other tensors than an adapter with this config."""
     dora, bias = form_for(config)
     same_kind = slot.reads_base == dora
     return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
-
-
-def plan_beyond(plan: Plan) -> Plan | None:
-    """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
-    return plan_with_fresh_load(plan) if is_beyond(plan) else None
 
 
 def take_base_weights(plan: Plan) -> None:
@@ -112,8 +96,12 @@ def take_base_weights(plan: Plan) -> None:
 
 def plan_another_form(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if layers get other tensors, or if the adapter is removed from layers."""
-    if changes_form(plan):
-        return plan_with_fresh_load(plan)
+    slot = plan.slot
+    if others := slot.once_for(plan.config, _layers_of_another_form):
+        keys = {slot.own_keys.get(name, name) for name in map(canonical_path, plan.adapter.tensors)}
+        # tensors are added to a layer or removed from it: DoRA's magnitude, a bias
+        if any(layer.keys[0] in keys for layer in others):
+            return plan_with_fresh_load(plan)
     is_free = plan.unknown and not plan.compiled and not plan.is_prepared and not plan.refusals
     if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(plan)).ok:
         return other
@@ -207,7 +195,8 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     plan.config.inference_mode = slot.config.inference_mode
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
-    in_base = {each for _, wrapper in wrappers_in(slot.host.base) for each in getattr(wrapper, "merged_adapters", ())}
+    around = filter(is_wrapper, slot.host.base.modules())
+    in_base = {each for wrapper in around for each in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
     plan.graft, plan.targets = _decide(plan, in_base - {name})
@@ -233,7 +222,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     if _layers_of_base(config) != _layers_of_base(slot.config):
         plan.refuse("other_layer_replication", found=_layers_of_base(config), expected=_layers_of_base(slot.config))
         return Graft(), None
-    known = targets_of(slot)
+    known: Targets | None = host.base.__dict__.get(TARGETS, {}).get(name)
     is_usual = not (kept_originals(host.base, name) or slot.once(overlaps_in))
     may_restore = plan.base_weights and lost_originals(host, name)
     if known and is_usual and not may_restore and known.fit(slot, adapter):

@@ -12,8 +12,6 @@ Say LoRA with r=4 on ``q_proj`` and ``v_proj`` is swapped for DoRA with r=6 on `
 All of it is noted in a :class:`Graft`, and written later.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
@@ -520,7 +518,7 @@ class _Comparison:
 
 def activity_of(host: Host) -> tuple[list[str], bool]:
     """The adapters that a model computes with, and whether they are disabled."""
-    for path, module in wrappers.wrappers_in(host.base):
+    for path, module in host.base.named_modules():
         # the layer inside a wrapper for trained tokens has active adapters of its own
         if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):
             return list(getattr(host.tuner, "active_adapters", module.active_adapters)), module.disable_adapters

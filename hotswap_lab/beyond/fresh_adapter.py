@@ -1,7 +1,5 @@
 """Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings
@@ -27,6 +25,8 @@ class FreshAdapter:
     """A freshly loaded adapter, next to the live model."""
 
     model: PeftModel
+    #: as PEFT has completed it
+    config: PeftConfig
     twin: BaseTwin
     #: base weights in the adapter's file, by their names in the base model
     base_values: Mapping[str, torch.Tensor]
@@ -38,11 +38,6 @@ class FreshAdapter:
     unexpected: list[str]
     #: tensors of the adapter that the file has no values for
     missing: list[str]
-
-    @property
-    def config(self) -> PeftConfig:
-        (config,) = self.model.peft_config.values()
-        return config
 
 
 def load_fresh_adapter(
@@ -86,13 +81,14 @@ def load_fresh_adapter(
             with interrupts_held():
                 for parameter, requires_grad in twin.shared:
                     parameter.requires_grad_(requires_grad)
-    if twin.was_changed():
+    if any(each.data_ptr() != twin.live_of[id(each)].data_ptr() for each in twin.parameters):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
-    vars(model.peft_config[adapter_name]).update(taken_out)
+    config = model.peft_config[adapter_name]
+    vars(config).update(taken_out)
     if config.inference_mode:
         model.eval()
     unexpected, missing = _mismatches(model, tensors, file.keys(), adapter_name, result)
-    return FreshAdapter(model, twin, base_values, twins, origins, unexpected, missing)
+    return FreshAdapter(model, config, twin, base_values, twins, origins, unexpected, missing)
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
@@ -133,12 +129,9 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
             if id(each) in keys and key in now:
                 origins[keys[id(each)]] = now[key]
 
-    handle = model.register_load_state_dict_pre_hook(keep_apart)
-    try:
-        (adapter_name,) = model.peft_config
+    (adapter_name,) = model.peft_config
+    with model.register_load_state_dict_pre_hook(keep_apart):
         result = set_peft_model_state_dict(model, file, adapter_name)
-    finally:
-        handle.remove()
     result.missing_keys[:] = [key for key in result.missing_keys if key not in base_keys]
     return base_values, origins, result
 

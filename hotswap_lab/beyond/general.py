@@ -3,9 +3,7 @@
 These swaps copy from a freshly loaded adapter, so this module needs to know only where a method keeps its tensors.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -35,7 +33,10 @@ class General(Method):
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         """The parameters of one adapter on one layer, in PEFT's order."""
-        found = [*_tables(layer, adapter_name)] if isinstance(layer, BaseTunerLayer) else []
+        if not isinstance(layer, BaseTunerLayer):
+            return None
+        tables = [(name, attrgetter(name)(layer)) for name in layer.adapter_layer_names]
+        found = [(name, table) for name, table in tables if hasattr(table, "keys") and adapter_name in table]
         if not found:
             return None
         tensors = []
@@ -56,10 +57,3 @@ class General(Method):
     follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
     not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
-
-
-def _tables(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[str, object]]:
-    for name in layer.adapter_layer_names:
-        table = attrgetter(name)(layer)
-        if hasattr(table, "keys") and adapter_name in table:
-            yield name, table

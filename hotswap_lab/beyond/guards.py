@@ -1,7 +1,5 @@
 """Guards around PEFT while it loads an adapter: limits on what it reads and allocates, and no side effects."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator

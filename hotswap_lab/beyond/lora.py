@@ -1,7 +1,5 @@
 """Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ others are about PEFT's other methods, and about cases that few adapters meet. S
 ``make_plan(slot_for(METHODS, ...), adapter, passes=PASSES)``.
 """
 
-from __future__ import annotations
-
 from ..core import checks, planner
 from ..core.method import Method
 from ..core.planner import Pass, stop_if_refused

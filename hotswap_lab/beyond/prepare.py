@@ -5,10 +5,7 @@ tensor gets room for the highest rank of a family, and scalings become tensors. 
 loads the adapter again, and copies tensor by tensor.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Iterator
 
 import torch
 from peft import PeftType
@@ -29,7 +26,10 @@ from .configs import pointless_rank
 def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter]) -> tuple[Change, list[Refusal]]:
     """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
     change, name = begin_change(slot, slot.config), slot.adapter_name
-    if refusals := list(_check_family(slot, family)):
+    if (kind := slot.config.peft_type) not in PADDABLE:
+        others = ", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA))
+        return change, [refusal("type_not_preparable", kind=kind.value, adapter_name=name, others=others)]
+    if refusals := [each for adapter in family for each in misfits(slot, adapter, in_graph=True)]:
         return change, refusals
     with slot.write_mode(), torch.no_grad():
         for layer in slot.layers:
@@ -56,16 +56,6 @@ def rank_for(config: object, path: str) -> int:
     pattern = getattr(config, "rank_pattern", None) or {}
     rank = getattr(config, "init_r", None) or config.r
     return pattern.get(get_pattern_key(pattern.keys(), path), rank)
-
-
-def _check_family(slot: Slot, family: list[Adapter]) -> Iterator[Refusal]:
-    if slot.config.peft_type not in PADDABLE:
-        others = ", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA))
-        kind = slot.config.peft_type.value
-        yield refusal("type_not_preparable", kind=kind, adapter_name=slot.adapter_name, others=others)
-        return
-    for adapter in family:
-        yield from misfits(slot, adapter, in_graph=True)
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:

@@ -16,8 +16,6 @@ the caller has to make the processes agree before anything is written::
         commit(plan)
 """
 
-from __future__ import annotations
-
 import functools
 from typing import TYPE_CHECKING, ClassVar
 

@@ -4,8 +4,6 @@ The next adapter with the same config differs only in the values of its tensors.
 and PEFT need not load that adapter.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -67,11 +65,6 @@ class Targets:
         for name in MAY_DIFFER:
             setattr(completed, name, getattr(config, name, None))
         return completed
-
-
-def targets_of(slot: Slot) -> Targets | None:
-    """The targets of the slot's adapter, or None if no fresh load has found them."""
-    return slot.host.base.__dict__.get(TARGETS, {}).get(slot.adapter_name)
 
 
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:

@@ -5,8 +5,6 @@ modules. The result is finished LoRA layers around the model's own base layers, 
 untouched.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ Tensors with room for another rank are in another band. Tensors that can't be sp
 grouped convolution, whose components are stored in blocks) are kept whole, one after the other, in a tail.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Passes for rare cases of plain LoRA: they check, note and correct what other passes have planned."""
 
-from __future__ import annotations
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper

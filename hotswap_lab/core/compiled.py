@@ -5,8 +5,6 @@ else (shapes, Python numbers, types of modules) is fixed in the graph and checke
 this: freezing copies weights into the graph, and without its guards a graph goes on with old numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import weakref

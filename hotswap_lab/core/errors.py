@@ -3,8 +3,6 @@
 Each reason to refuse a swap has a name in the code. Its text is in the ``refusals.ini`` of that folder.
 """
 
-from __future__ import annotations
-
 import configparser
 import functools
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ compiled, or a module that contains one of these. Adapter files name their tenso
 model, so everything else starts from that module.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The undo list of a commit, and Ctrl-C that waits. Together they keep a model whole, bit for bit."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

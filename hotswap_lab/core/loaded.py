@@ -1,7 +1,5 @@
 """Loaded: what is in a model now, and the log of what was done to it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -3,8 +3,6 @@
 Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` and ``LoraLayer.update_layer``.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Collection

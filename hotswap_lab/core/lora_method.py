@@ -3,8 +3,6 @@
 What it refuses, ``hotswap_lab.beyond`` takes up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 

@@ -10,8 +10,6 @@ tensors of the caller's dict the model's parameters (``low_cpu_mem_usage``, diff
 and a swap back to adapter A from it would silently be adapter B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 

@@ -1,7 +1,5 @@
 """Method: the interface to one of PEFT's methods. A slot holds the method of its adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ Most of its functions are passes: each gets the plan and adds what it finds, or 
 Reasons against a swap are collected up to the next :func:`stop_if_refused`, so that the user sees them together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any

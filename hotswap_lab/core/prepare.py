@@ -5,8 +5,6 @@ weights get the highest rank of the family (zeros beyond an adapter's own rank c
 tensors, and layers that only other adapters of the family have are added now, turned off.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -101,12 +99,11 @@ def check_not_compiled(
     compiled = compiled_in(model)
     if reason := blind_spot(model, compiled, prepared=True):
         raise refused("graph_would_not_notice", reason=reason)
-    if check_compiled == "ignore" or not compiled:
-        return
-    error = refused("prepare_before_compiling", found=found)
-    if check_compiled == "error":
-        raise error
-    warnings.warn(str(error), stacklevel=3)
+    if compiled and check_compiled != "ignore":
+        error = refused("prepare_before_compiling", found=found)
+        if check_compiled == "error":
+            raise error
+        warnings.warn(str(error), stacklevel=3)
 
 
 def as_list(adapters: Any) -> list[Any]:
@@ -140,13 +137,19 @@ def _space_in(
         return {}, refusals
     own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
     space = {layer.path: layer.tensors[0].capacity or 0 for layer in slot.layers}
-    refusals += _make_space(space, own, target_rank, "the loaded adapter")
-    refusals += _make_space(space, ranks, target_rank, "the ranks to make room for")
+    wanted = [("the loaded adapter", own), ("the ranks to make room for", ranks)]
     for adapter in family:
-        if not (wanted := _ranks_of(slot, adapter)):
+        wanted.append((adapter.label, of_adapter := _ranks_of(slot, adapter)))
+        if not of_adapter:
             names = adapter.config.target_modules
             refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
-        refusals += _make_space(space, wanted, target_rank, adapter.label)
+    for label, ranks in wanted:
+        for path, rank in ranks.items():
+            if target_rank is not None and target_rank < rank:
+                reason = refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
+                refusals.append(reason)
+                break
+            space[path] = max(space.get(path, 0), rank, target_rank or 0)
     return space, refusals or [*slot.method.no_room(slot, space)]
 
 
@@ -164,17 +167,6 @@ def _form_of_extra_state(slot: Slot, config: Config) -> str:
     tokens = getattr(config, "trainable_token_indices", None) or "no"
     paths = listing([path for path, _ in slot.walk if path.endswith(saved)]) or "no modules"
     return f"{paths} and {listing(tokens.values() if isinstance(tokens, dict) else [tokens])} tokens"
-
-
-def _make_space(
-    space: dict[str, int], ranks: Mapping[str, int], target_rank: int | None, label: str
-) -> Iterator[Refusal]:
-    """Raise ``space`` to the ranks of one adapter; refuse ranks above ``target_rank``."""
-    for path, rank in ranks.items():
-        if target_rank is not None and target_rank < rank:
-            yield refusal("target_rank_too_low", target_rank=target_rank, own=rank, path=path, label=label)
-            return
-        space[path] = max(space.get(path, 0), rank, target_rank or 0)
 
 
 def _ranks_of(slot: Slot, adapter: Adapter) -> dict[str, int]:

@@ -8,8 +8,6 @@ A layer that the new adapter lacks stays in the model, filled with zeros; so do 
 rank. So there are two marks: that an adapter is off, and that its rank is below its tensors'.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping

@@ -5,8 +5,6 @@ and from a layer, writing it, checking its value and packing it follow from ther
 one that a later PEFT brings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftType
+from peft import PeftType
 from peft.utils.other import get_pattern_key
 
 from .errors import Refusal, refusal
@@ -99,9 +97,7 @@ class Setting(NamedTuple):
     table: str | None
 
 
-_DECLARED = [Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings)]
-#: those whose fields this PEFT has
-SETTINGS = tuple(each for each in _DECLARED if each.field in LoraConfig.__dataclass_fields__)
+SETTINGS = tuple(Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
 #: and the settings that may differ between layers, by the field that says so

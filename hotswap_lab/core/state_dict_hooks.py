@@ -6,8 +6,6 @@ stays valid. An adapter of a lower rank than was prepared for is padded with zer
 ``load_state_dict`` does not miss them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -98,8 +96,17 @@ def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix:
 
 def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
     marked = list(_marked(methods, base, prefix))
-    for each in marked:  # check all of them before the first is written
-        _check(state_dict, each)
+    for key, layer, name, tensor, off, _reason in marked:  # all of them, before the first is written
+        if (value := state_dict.get(key)) is None or not is_prepared(layer, name):
+            continue
+        expected = tensor.shape_for(own_rank(layer, name, tensor))
+        if off:
+            fits, text = not value.any(), "nothing for a layer that is turned off"
+        else:
+            # a tensor of the padded size could be loaded, but components above the adapter's rank would not be saved
+            fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
+        if not fits:
+            raise refused("state_dict_of_another", key=key, shape=tuple(value.shape), expected=text, adapter_name=name)
     for slot in base.__dict__.get(SLOTS, {}).values():
         if slot and slot.room and slot.is_inference:
             slot.room.was_touched = True  # inference tensors have no version counter that would show this write
@@ -108,20 +115,6 @@ def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: 
             state_dict.setdefault(key, tensor.parameter.detach())
         elif key in state_dict and own_rank(layer, name, tensor) != tensor.capacity:
             state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
-
-
-def _check(state_dict: dict, marked: Marked) -> None:
-    key, layer, name, tensor, off, _ = marked
-    if (value := state_dict.get(key)) is None or not is_prepared(layer, name):
-        return
-    expected = tensor.shape_for(own_rank(layer, name, tensor))
-    if off:
-        fits, text = not value.any(), "nothing for a layer that is turned off"
-    else:
-        # a tensor of the padded size could be loaded, but the components above the adapter's rank would not be saved
-        fits, text = tuple(value.shape) == expected, f"shape {expected}, the adapter's own rank"
-    if not fits:
-        raise refused("state_dict_of_another", key=key, shape=tuple(value.shape), expected=text, adapter_name=name)
 
 
 # ---- does the live model compute the same as the saved adapter?

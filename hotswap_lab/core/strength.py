@@ -1,7 +1,5 @@
 """Strength: scales the effect of an adapter, from off to beyond what it was trained for."""
 
-from __future__ import annotations
-
 from .change import Change
 from .errors import listing, refused
 from .prepared import is_off

@@ -1,7 +1,5 @@
 """The unit of a swap: one tensor of one adapter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A wrapper is a tuner layer, an auxiliary wrapper (a saved module, trained tokens
 an adapter in tables under its name: ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain ``dict``.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, MutableMapping
 from typing import Any
@@ -54,13 +52,6 @@ def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
     holder, name = holder_of_inside(wrapper)
     modules: Any = holder._modules
     return modules[name]
-
-
-def wrappers_in(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All wrappers in a base model, with their paths."""
-    for path, module in base.named_modules():
-        if is_wrapper(module):
-            yield path, module
 
 
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:

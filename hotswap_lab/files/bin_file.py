@@ -1,7 +1,5 @@
 """Reading ``adapter_model.bin``, PEFT's older format: a pickle, of which only tensors are loaded."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Mapping
@@ -28,9 +26,7 @@ def check_archive(path: str | os.PathLike[str]) -> None:
         raise zipfile.BadZipFile(f"{inside:,} bytes compressed, or named twice, in a file of {size:,}")
 
 
-def read_bin(
-    folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool
-) -> tuple[dict[str, torch.Tensor], None]:
+def read_bin(folder: str, device: str, key_mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
     """The tensors of ``adapter_model.bin`` by name, read with ``weights_only=True``."""
     path = os.path.join(folder, WEIGHTS_NAME)
     check_archive(path)
@@ -42,4 +38,4 @@ def read_bin(
         # a pickled tensor may have strides that repeat its few bytes any number of times
         if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize > size:
             raise ValueError(f"{key!r} of shape {tuple(tensor.shape)} in a file of {size:,} bytes")
-    return dict(tensors), None
+    return dict(tensors)

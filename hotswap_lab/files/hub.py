@@ -5,8 +5,6 @@ the Hub can't be reached. The weights are those of the commit that the config wa
 pushed to the repository in between.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

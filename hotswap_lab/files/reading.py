@@ -94,12 +94,12 @@ def read_tensors(
     place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
 ) -> tuple[tuple[str, int, int, int], Tensors]:
     """The file of an adapter's weights, and its tensors by its keys: with ``for_one_swap``, maybe the file itself."""
-    folder, read = place.folder_with_weights(), read_safetensors
+    folder = place.folder_with_weights()
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.exists(path):
-        path, read = os.path.join(folder, WEIGHTS_NAME), read_bin
     try:
-        return check_file(path), read(folder, str(device), key_mapping, for_one_swap)
+        if os.path.exists(path):
+            return check_file(path), read_safetensors(folder, str(device), key_mapping, for_one_swap)
+        return check_file(os.path.join(folder, WEIGHTS_NAME)), (read_bin(folder, str(device), key_mapping), None)
     except Exception as error:  # a damaged file may cause an error of any type
         raise refused("weights_unreadable", source=place.name, error=error) from error
 

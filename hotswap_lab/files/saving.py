@@ -1,7 +1,5 @@
 """Saving a swapped adapter as ``save_pretrained`` would after a fresh load, all or nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os

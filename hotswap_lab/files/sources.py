@@ -1,7 +1,5 @@
 """Sources of adapters: local folders, and reading a config. :mod:`~hotswap_lab.files.hub` has the source on the Hub."""
 
-from __future__ import annotations
-
 import glob
 import os
 import stat

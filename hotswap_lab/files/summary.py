@@ -1,7 +1,5 @@
 """What an adapter is, read without torch: its config, and the header of its weights."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

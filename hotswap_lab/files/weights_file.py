@@ -7,8 +7,6 @@ them are read this way; all others are left to the safetensors library.
 The format is described at https://github.com/huggingface/safetensors#format.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -7,8 +7,6 @@ frame of every exercise. ``building`` has the checks of the file that the reader
 and ``project`` to the last project.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Chapter 10: which swaps reach compiled code."""
 
-from __future__ import annotations
-
 import torch
 
 from .exercise import Exercise

@@ -1,7 +1,5 @@
 """Chapter 07: adapters of other kinds than plain LoRA, and how to read a refusal."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple

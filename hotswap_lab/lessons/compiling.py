@@ -1,7 +1,5 @@
 """Chapter 03: swapping inside a compiled model, and what makes it compile again."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import warnings

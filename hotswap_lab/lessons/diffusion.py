@@ -1,7 +1,5 @@
 """Chapter 06: pictures of pictures, and exercises."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The notebook that reads the code: a method of the reader's own, and a search for a mistake."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The frame of every exercise: what is asked, a look at what yours does, and a check against the truth."""
 
-from __future__ import annotations
-
 import linecache
 import traceback
 from collections.abc import Callable, Iterator, Mapping

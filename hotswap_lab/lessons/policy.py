@@ -1,7 +1,5 @@
 """Chapter 11: a policy that learns while it answers."""
 
-from __future__ import annotations
-
 from ..pools.rows import Row
 from .exercise import Exercise
 

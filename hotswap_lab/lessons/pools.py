@@ -1,7 +1,5 @@
 """Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Sequence

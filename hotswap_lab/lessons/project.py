@@ -1,7 +1,5 @@
 """The last project: an adapter of the reader's own, from training to a package, and a rubric that checks itself."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Chapter 05: a real language model in fixed shapes, so that it can be compiled, and what a swap does to its cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Chapter 09: a quiet Ray, a replica that is lost, and which replica gets a request."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

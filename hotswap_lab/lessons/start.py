@@ -1,7 +1,5 @@
 """Chapter 00: the first swap."""
 
-from __future__ import annotations
-
 import contextlib
 
 from .. import demo

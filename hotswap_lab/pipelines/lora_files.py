@@ -133,11 +133,22 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
 
 def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:
     """A twin of a component that adds what is loaded into it to ``handed``, and refuses writes to its base weights."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
 
     def load_lora_adapter(state_dict: dict, prefix="transformer", network_alphas=None, metadata=None, **_) -> None:
-        if tensors := _below(prefix, state_dict):
-            alphas, metadata = _below(prefix, network_alphas), _below(prefix, metadata)
-            handed[name] = _as_peft(tensors, alphas, metadata, twin.state_dict())
+        """Make of its arguments what diffusers' ``PeftAdapterMixin.load_lora_adapter`` makes of them."""
+        if not (tensors := _below(prefix, state_dict)):
+            return
+        if "lora_A" not in next(iter(tensors)):
+            tensors = convert_unet_state_dict_to_peft(tensors)
+        # the ^ makes PEFT match the whole path, not the end of one
+        ranks = {f"^{key}": each.shape[1] for key, each in tensors.items() if "lora_B" in key and each.ndim > 1}
+        if not ranks:
+            raise ValueError(f"no lora_B among keys such as {next(iter(tensors))!r}")
+        alphas = {key: float(value) for key, value in (_below(prefix, network_alphas) or {}).items()} or None
+        saved = _below(prefix, metadata)
+        config = compat.create_lora_config(tensors, alphas, saved, ranks, model_state_dict=twin.state_dict())
+        handed[name] = config, tensors
 
     def load_adapter(adapter_state_dict: dict, peft_config: PeftConfig, **_: object) -> None:
         handed[name] = peft_config, adapter_state_dict
@@ -157,19 +168,3 @@ def _below(prefix: str, items: Mapping[str, object] | None) -> dict[str, object]
     if items is None:
         return None
     return {key.removeprefix(f"{prefix}."): value for key, value in items.items() if key.startswith(f"{prefix}.")}
-
-
-def _as_peft(
-    tensors: dict[str, torch.Tensor], alphas: dict | None, metadata: dict | None, base: dict[str, torch.Tensor]
-) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """The config and tensors that diffusers' ``PeftAdapterMixin.load_lora_adapter`` makes of these arguments."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    if "lora_A" not in next(iter(tensors)):
-        tensors = convert_unet_state_dict_to_peft(tensors)
-    # the ^ makes PEFT match the whole path, not the end of one
-    ranks = {f"^{key}": tensor.shape[1] for key, tensor in tensors.items() if "lora_B" in key and tensor.ndim > 1}
-    if not ranks:
-        raise ValueError(f"no lora_B among keys such as {next(iter(tensors))!r}")
-    alphas = {key: float(value) for key, value in alphas.items()} if alphas else None
-    return compat.create_lora_config(tensors, alphas, metadata, ranks, model_state_dict=base), tensors

@@ -65,7 +65,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class Patch:
+class Patch(contextlib.AbstractContextManager):
     """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
 
     def __init__(self) -> None:
@@ -81,9 +81,6 @@ class Patch:
             known = [*_active]
             _active.remove(self)
             _settle(known)
-
-    def __enter__(self) -> Patch:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.undo()

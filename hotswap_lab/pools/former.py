@@ -1,7 +1,5 @@
 """The adapters in a model before a swap, and how they are put back, with the weights that they have by then."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast

@@ -6,8 +6,6 @@ one after the other, as blocks of its first axis: ``[batch, ...]``, or ``[batch 
 :mod:`~hotswap_lab.pools.proof` shows that this is so, and that nothing mixes the rows before.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Mixes of adapters by weight, computed exactly: their rank components are concatenated."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whole modules that are saved with an adapter, such as a classifier: they are packed and swapped with it."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from typing import Any

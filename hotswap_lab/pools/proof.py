@@ -9,8 +9,6 @@ row that got another row's adapter, anywhere, differs in at least one of these f
 which are then tried in both orders.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import re
@@ -244,8 +242,5 @@ def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
         generator = torch.Generator().manual_seed(seed)
         return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 
-    handle = embedding.register_forward_hook(add)
-    try:
+    with embedding.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()

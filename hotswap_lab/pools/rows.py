@@ -4,8 +4,6 @@ Row 0 is the slot: the parameters are views of it, and PEFT shows and saves it. 
 contiguous, so that one copy puts an adapter into a row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -128,19 +126,14 @@ class RowRoom(Room):
     def exporting(self) -> Iterator[None]:
         """Make the weights and scalings of all rows buffers of their layers in a block, so that exports name them."""
         try:
-            for table, own in self._read():
-                table.update(own)
+            for layer in self.slot.layers:
+                own = layer.module.lora_variant[self.slot.adapter_name]
+                layer.module._buffers.update({buffer: getattr(own, name) for name, buffer in READ.items()})
             yield
         finally:
-            for table, own in self._read():
-                for name in own:
-                    table.pop(name, None)
-
-    def _read(self) -> Iterator[tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor]]]:
-        """For each layer, the table of its buffers, and the entries there during an export."""
-        for layer in self.slot.layers:
-            own = layer.module.lora_variant[self.slot.adapter_name]
-            yield layer.module._buffers, {buffer: getattr(own, name) for name, buffer in READ.items()}
+            for layer in self.slot.layers:
+                for buffer in READ.values():
+                    layer.module._buffers.pop(buffer, None)
 
     def _rows_of(self, band: Band) -> torch.Tensor:
         """The memory of a band, ``[rows, numbers]``."""

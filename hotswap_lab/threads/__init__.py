@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -207,6 +208,7 @@ def _pay(turn: Turn) -> None:
             pass
 
 
+@dataclass(eq=False, repr=False)
 class Block(contextlib.ContextDecorator, Generic[T]):
     """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on.
 
@@ -222,24 +224,20 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         A block that logs the refusal it ends with: around a wait that was refused.
     """
 
-    def __init__(
-        self,
-        base: torch.nn.Module,
-        begin: Callable[[list[Callable[[], object]]], T],
-        what: str,
-        slow: Callable[[], Iterable[Callable[[], object]]] = tuple,
-        told: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-    ):
-        self._made = base, begin, what, slow, told
-        self._entry: Entry | None = None
+    base: torch.nn.Module
+    begin: Callable[[list[Callable[[], object]]], T]
+    what: str
+    slow: Callable[[], Iterable[Callable[[], object]]]
+    told: Callable[[], AbstractContextManager]
+    _entry: Entry | None = field(default=None, init=False)
 
     def _recreate_cm(self) -> Block[T]:
-        return type(self)(*self._made)
+        return replace(self)
 
     def _begun(self, awaits: bool = False) -> Entry:
         if self._entry is not None:
             raise RuntimeError("a block can be entered once: make a new one")
-        self._entry = Entry(*turns_of([self._made[0]]), SWAP, awaits)
+        self._entry = Entry(*turns_of([self.base]), SWAP, awaits)
         return self._entry
 
     def __enter__(self) -> T:
@@ -248,12 +246,12 @@ class Block(contextlib.ContextDecorator, Generic[T]):
             try:
                 entry.enter()
             except HotswapError:
-                with self._made[4]():
+                with self.told():
                     raise
             if entry.turn.owed:
                 with _taken([entry.turn], SWAP):  # which puts it back first
                     pass
-            return self._made[1](entry.back)
+            return self.begin(entry.back)
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -274,7 +272,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
                     _put_back(entry)
             elif entry.back:
                 try:
-                    put_back(lambda: _put_back(entry), self._made[2])
+                    put_back(lambda: _put_back(entry), self.what)
                 except KeyboardInterrupt:
                     entry.back.clear()
                     raise
@@ -292,14 +290,14 @@ class Block(contextlib.ContextDecorator, Generic[T]):
             try:
                 try:
                     await entry.enter_awaiting()
-                    for each in self._made[3]():
+                    for each in self.slow():
                         await asyncio.to_thread(each)
                     await writing.enter_awaiting()
                 except HotswapError:
-                    with self._made[4]():
+                    with self.told():
                         raise
                 put_all_back(entry.turn.owed)
-                return self._made[1](entry.back)  # which has nothing to wait for
+                return self.begin(entry.back)  # which has nothing to wait for
             except BaseException as error:
                 self.__exit__(type(error), error)
                 raise
@@ -349,13 +347,11 @@ def put_back(action: Callable[[], object], what: str) -> None:
 
     ``what`` ends a warning: it says what a second Ctrl-C leaves as it is.
     """
-    token = _patience.set(math.inf)
-    try:
-        action()
-    except KeyboardInterrupt:
-        text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
-        warnings.warn(text, stacklevel=5)
-        action()
-        raise
-    finally:
-        _patience.reset(token)
+    with waiting_at_most(math.inf):
+        try:
+            action()
+        except KeyboardInterrupt:
+            text = f"Waiting for threads that compute with the model. Ctrl-C once more ends this, and {what}."
+            warnings.warn(text, stacklevel=5)
+            action()
+            raise

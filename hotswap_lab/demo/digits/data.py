@@ -6,8 +6,6 @@ scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.
 A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any image file.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

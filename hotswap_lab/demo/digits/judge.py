@@ -1,7 +1,5 @@
 """Measurements of pictures: a classifier that was trained on real digits only, and three statistics."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -9,8 +9,6 @@ The base model's weights don't ship with this package: see :mod:`hotswap_lab.dem
 True
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Tests of whether an answer is in a voice, simple enough to check by eye."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence
