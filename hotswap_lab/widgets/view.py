@@ -85,9 +85,10 @@ def _follow(view: weakref.ref[View], loop: asyncio.AbstractEventLoop, seen: obje
     """
     now, shown = LATEST[0], view()
     if shown and shown.box.comm:
-        if now is not seen:
-            with contextlib.suppress(Exception):  # its adapter may be gone
-                shown._changed()
+        try:
+            _ = now is seen or shown._changed()
+        except Exception as error:  # its adapter may be gone
+            shown._title.value = f'<span class="hotswap-lost">{escape(error)}</span>'
         loop.call_later(EVERY, _follow, view, loop, now)
 
 

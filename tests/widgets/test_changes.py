@@ -253,6 +253,20 @@ def test_one_that_is_not_shown_or_was_closed_costs_nothing_and_none_is_kept(quic
     asyncio.run(watch())
 
 
+def test_one_whose_adapter_is_gone_says_so(quick):
+    async def watch():
+        pool = a_pool()
+        views = [a_panel(pool), WeightMap(pool)]
+        for each in views:
+            each._refresh_box()
+        pool.model.delete_adapter("default")
+        note_cell()
+        assert await soon(lambda: all("hotswap-lost" in each._title.value for each in views))
+        assert "No adapter layers" in views[0]._title.value
+
+    asyncio.run(watch())
+
+
 def test_without_a_loop_it_looks_at_the_next_click():
     pool = a_pool()
     panel = a_panel(pool)
