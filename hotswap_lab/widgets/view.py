@@ -206,8 +206,7 @@ class View:
 
     def _refresh_box(self) -> None:
         with self._refreshes:
-            _ = self.box
-            self._refresh()
+            _ = self.box, self._refresh()  # in this order
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
