@@ -65,8 +65,7 @@ def drawn(
     if not tiles or len(tiles[0].cells) == 1:
         n, pitch, step = *SMALL, min(18, 480 / len(columns), max(300 / len(rows), 6))
     size, row_labels, column_labels = n * step / pitch, _short(rows), _short(columns)
-    longest = max(map(len, column_labels))
-    turned = -60 if longest * 7 > step else 0
+    turned = -60 if (longest := max(map(len, column_labels))) * 7 > step else 0
     left, top = max(20 + 7 * max(map(len, row_labels)), 46), 62 + (6 * longest if turned else 0)
     right, y = left + len(columns) * step, top + len(rows) * step
     beyond = 4 * len(column_labels[-1]) if turned else 0

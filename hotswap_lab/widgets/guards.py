@@ -22,7 +22,6 @@ from .switch import ModelSwitch, contents, switch_for
 from .view import choices, counted, wrapping_row
 from .work import WorkingView
 
-Inputs = Mapping[str, Any]
 #: calls after each swap
 CALLS = 4
 #: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
@@ -67,7 +66,7 @@ class Guards(WorkingView):
 
     title = "Guards: what a graph was compiled for"
 
-    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Inputs):
+    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
         self.adapters: Mapping[str, object] = adapters
         self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
         for title, column in self.columns.items():
@@ -139,7 +138,7 @@ class Guards(WorkingView):
 class Column:
     """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
 
-    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Inputs):
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any]):
         def call() -> None:
             model(**inputs)
 

@@ -99,8 +99,7 @@ class SwapPanel(WorkingView):
         #: the text in the prompt box
         self.prompt, self.run_on_swap = prompt, run_on_swap
         #: the last answer, and the one to compare it with
-        self.answer: Run | None = None
-        self.pinned: Run | None = None
+        self.answer = self.pinned = None
         self.map: WeightMap = WeightMap(self._switch)
 
     @classmethod
@@ -259,8 +258,7 @@ class SwapPanel(WorkingView):
                 self._slider.value = strength
         self._style.value = f"<style>{self._rules()}</style>"
         run, kept = self.answer, self.pinned
-        shown = f"{run.chip}{run.shown}" if run else "no answer yet"
-        old = " hotswap-old" * bool(self._note)
+        old, shown = " hotswap-old" * bool(self._note), f"{run.chip}{run.shown}" if run else "no answer yet"
         self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer{old}">{shown}</div>', run is None
         asked = f", asked <code>{escape(kept.prompt)}</code>" if kept and run and kept.prompt != run.prompt else ""
         self._kept.value = f'<div class="hotswap-kept">{f"{kept.chip}{asked}{kept.shown}" if kept else ""}</div>'

@@ -14,11 +14,15 @@ from ..beyond.configs import not_scaled
 from ..core.adapter import WHEN
 from ..core.errors import refused
 from ..core.host import find_host, hosts_in, name_in
-from ..core.slot import room_of
+from ..core.slot import Uncopied, room_of
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import get_strength, hotswap_adapter, set_strength
 from ..threads import bases_of, locked
+
+#: the attribute of a base model, for all of its switches, by adapter name: what one of them swapped in, its name there,
+#: and its config in the model, which another swap replaces
+SWITCHED = "hotswap_switched"
 
 
 class ModelSwitch:
@@ -37,9 +41,8 @@ class ModelSwitch:
         self.model = model
         self.adapters: dict[str, object] = dict(adapters)
         self.adapter_name: str = name_in(model, adapter_name)
-        config_of(self)  # raises if there is no such adapter
-        #: the adapter that was swapped in here, and its config in the model, which another swap replaces
-        self._last: tuple[str | None, PeftConfig | None] = None, None
+        # raises if there is no such adapter
+        self._base: dict[str, Any] = find_host(model, self.adapter_name).base.__dict__
 
     @property
     def names(self) -> list[str]:
@@ -47,8 +50,10 @@ class ModelSwitch:
 
     @property
     def active(self) -> str | None:
-        name, config = self._last
-        return None if config is not config_of(self) or strength_of(self) == 0 else name
+        source, last, config = self._base.get(SWITCHED, {}).get(self.adapter_name) or (None, None, None)
+        names = [name for name, each in self.adapters.items() if _key(each) == _key(source)]
+        is_in = names and config is config_of(self) and strength_of(self) != 0
+        return None if not is_in else last if last in names else names[0]
 
     @property
     def strength(self) -> float:
@@ -63,10 +68,14 @@ class ModelSwitch:
             raise refused("no_adapter_of_this_name", name=name, adapters=", ".join(map(repr, self.adapters)))
         with locked(*bases_of(self.model), computing=True):  # no swap by another thread before the config is read
             hotswap_adapter(self.model, self.adapters[name], self.adapter_name, add_layers=True)
-            self._last = name, config_of(self)
+            self._base.setdefault(SWITCHED, Uncopied())[self.adapter_name] = self.adapters[name], name, config_of(self)
 
     def off(self) -> None:
         self.strength = 0
+
+
+def _key(source: object) -> object:
+    return source if isinstance(source, str) else id(source)
 
 
 def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:

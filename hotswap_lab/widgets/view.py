@@ -85,9 +85,10 @@ def _follow(view: weakref.ref[View], loop: asyncio.AbstractEventLoop, seen: obje
     """
     now, shown = LATEST[0], view()
     if shown and shown.box.comm:
-        if now is not seen:
-            with contextlib.suppress(Exception):  # its adapter may be gone
-                shown._changed()
+        try:
+            _ = now is seen or shown._changed()
+        except Exception as error:  # its adapter may be gone
+            shown._title.value = f'<span class="hotswap-lost">{escape(error)}</span>'
         loop.call_later(EVERY, _follow, view, loop, now)
 
 
@@ -205,8 +206,7 @@ class View:
 
     def _refresh_box(self) -> None:
         with self._refreshes:
-            _ = self.box
-            self._refresh()
+            _ = self.box, self._refresh()  # in this order
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

@@ -274,7 +274,8 @@ def test_on_a_phone_nothing_is_too_wide_and_every_control_has_a_name(widgets):
     try:
         for name in WIDGETS:
             too_wide = widgets[name].evaluate(
-                "box => [...box.querySelectorAll('button, input, textarea, select, .hotswap-answer')]"
+                "box => [...box.querySelectorAll('button, input, textarea, select, .hotswap-answer, '"
+                " + '.hotswap-picture svg')]"
                 ".filter(each => !each.closest('.hotswap-scroll'))"  # these are in a table that scrolls
                 ".filter(each => each.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).length"
             )

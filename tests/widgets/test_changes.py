@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import re
 import threading
@@ -118,6 +119,26 @@ def test_two_of_each_show_a_change_by_whomever(quick, what):
             assert CHANGED not in str(panels[0])
 
     asyncio.run(watch())
+
+
+def test_two_panels_of_a_model_without_a_pool_have_one_name_for_what_is_in_it():
+    model, _ = demo.load("reverse")
+    shout = Adapter.load(SHOUT)
+    sources = [folders("sort") | {"loud": shout, "same": SHOUT}, folders("sort") | {"mine": shout}, {"sort": SHOUT}]
+    panels = [SwapPanel(model, str.upper, adapters=each, prompt=WORD) for each in sources]
+    for name, says in (
+        ("sort", ["sort", "sort", None]),
+        ("loud", ["loud", "mine", None]),
+        ("same", ["same", None, "sort"]),
+    ):
+        panels[0].active = name
+        assert [panel.active for panel in panels] == says
+        assert f"{name} is in" in panels[0].figure().svg
+    hotswap_adapter(model, SHOUT, "default")
+    assert [panel.active for panel in panels] == [None] * 3
+    panels[2].active = "sort"
+    assert [panel.active for panel in panels] == ["same", None, "sort"]
+    assert SwapPanel(copy.deepcopy(model), str.upper, adapters=sources[0]).active is None
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -249,6 +270,20 @@ def test_one_that_is_not_shown_or_was_closed_costs_nothing_and_none_is_kept(quic
         await asyncio.sleep(0.05)
         assert [len(each._threads) for each in (hidden, closed)] == counts
         assert not loop._scheduled
+
+    asyncio.run(watch())
+
+
+def test_one_whose_adapter_is_gone_says_so(quick):
+    async def watch():
+        pool = a_pool()
+        views = [a_panel(pool), WeightMap(pool)]
+        for each in views:
+            each._refresh_box()
+        pool.model.delete_adapter("default")
+        note_cell()
+        assert await soon(lambda: all("hotswap-lost" in each._title.value for each in views))
+        assert "No adapter layers" in views[0]._title.value
 
     asyncio.run(watch())
 
