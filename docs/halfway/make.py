@@ -274,8 +274,8 @@ TEXTS = {
     "is_neither": " Neither adapter would say that, and nothing tells you so.",
     "is_adapter": " Now look at the other steps.",
     "moved": "You moved the line, so here are the answers.",
-    "caption_rows": "Memory: 32 rows of a layer, its scaling",
-    "caption_layers": "Memory: 28 layers",
+    "caption_rows": "First layer: 32 rows and a scaling",
+    "caption_layers": "All 28 layers",
     "base_rows": "the base's weight of this layer, {shape}, to scale: no swap writes to it",
     "base_layers": "the base: no swap writes to it",
     "bar_rows": "{rows} rows of {name}",
@@ -346,6 +346,7 @@ def fragment() -> str:
             for what, ms in waits.items()
         },
         "WITHOUT_GUARD": escape("; ".join(runs["without"]["guards"])).replace(".", ".<wbr>"),
+        **{f"{kind.upper()}_COLOR": tinted(adapter_color(pair[kind])) for kind in ("before", "after")},
         "COLORS": ";".join(f"--{kind}:{tinted(adapter_color(pair[kind]))}" for kind in ("before", "after")),
         "RIGHT_COLOR": tinted(RIGHT),
         "WRONG_COLOR": tinted(WRONG),

@@ -123,6 +123,11 @@ def test_memory_answer_and_ribbon_move_together_by_keyboard(opened):
     line.press("ArrowUp")
     line.press("PageUp")
     expect(line).to_have_attribute("aria-valuenow", "27")
+    base, own = (part.locator(each).bounding_box() for each in (".halfway-base", ".halfway-bars"))
+    sizes = DATA["sizes"]
+    assert base["width"] * base["height"] / (own["width"] * own["height"]) == pytest.approx(
+        sizes["weight"] / sizes["rows"], 0.01
+    )
     color = "each => getComputedStyle(each).backgroundColor"
     assert rows.first.evaluate(color) == rgb(adapter_color("pig_latin"))
 
@@ -173,6 +178,10 @@ def test_each_swap_word_and_order(opened):
             expect(legend).to_contain_text(f"{new} {what} of {pair['after']}")
             expect(legend).to_contain_text(f"{old} {what} of {pair['before']}")
             expect(legend).to_contain_text(f"{(28 if order == 'layers' else 32) - new - old} {what} of zeros")
+    # the pictures of the compiled model are those of reverse and pig_latin, whatever is chosen
+    color = "all => all.map(each => getComputedStyle(each).backgroundColor)"
+    boxes = part.locator(".halfway-boxes b").evaluate_all(color)
+    assert boxes == [rgb(adapter_color(name)) for name in ("reverse", "pig_latin")] * 2
     orders.select_option("layers")
     line.press("End")
     expect(line).to_have_attribute("aria-valuenow", "28")
