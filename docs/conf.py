@@ -35,6 +35,8 @@ OTHERS = """
 """
 #: parts of core, which notebooks/engine.ipynb explains
 INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|settings|slot|tensors)\..*|watch\.T|.*\.P_co)"
+#: parts that are alive without a kernel, by their folders, and the chapters that begin with them
+PARTS = {"halfway": "00 01 02 03", "alive": "00"}
 SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"
@@ -159,8 +161,9 @@ def write_sources() -> None:
         DOCS / "notebooks",
         ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"),
     )
-    alive = runpy.run_path(str(DOCS / "alive" / "make.py"))["fragment"]()
-    (DOCS / "_build" / "alive.html").write_text(alive, encoding="utf-8")
+    for name in PARTS:
+        part = runpy.run_path(str(DOCS / name / "make.py"))["fragment"]()
+        (DOCS / "_build" / f"{name}.html").write_text(part, encoding="utf-8")
     (DOCS / "api").mkdir()
     for name, text in pages().items():
         (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
@@ -169,14 +172,15 @@ def write_sources() -> None:
 def adapt(app, docname: str, source: list[str]) -> None:
     """Name the language of cells, which have magics; link to GitHub where the site lacks a file.
 
-    Chapter 00 begins with the part that is alive without a kernel, which would be too large for the notebook itself.
+    The first chapters begin with the parts that are alive without a kernel, which would be too large for the notebooks.
     """
     if docname.startswith("notebooks/"):
         source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
         source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
-    if docname == "notebooks/00_start_here":
+    chapter = docname.removeprefix("notebooks/")[:2]
+    if parts := [name for name, chapters in PARTS.items() if docname.startswith("notebooks/0") and chapter in chapters]:
         notebook = json.loads(source[0])
-        text = "```{raw} html\n:file: ../_build/alive.html\n```"
+        text = "\n".join(f"```{{raw}} html\n:file: ../_build/{name}.html\n```\n" for name in parts)
         notebook["cells"].insert(1, {"cell_type": "markdown", "id": "alive", "metadata": {}, "source": text})
         source[0] = json.dumps(notebook)
 

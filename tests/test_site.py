@@ -100,7 +100,119 @@ def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
         assert stored[strength] == answers, strength
         task = {0: "copy", 1: name}.get(strength)
         assert task is None or answers == [*map(demo.TASKS[task], words)]
-    assert all(data["measured"][what][name] > 0 for what in ("swap", "strength", "reload"))
+    counts = {what: len(data["measured"][what][name]) for what in ("swap", "strength", "reload")}
+    assert counts == {"swap": len(data["strengths"]), "strength": len(data["strengths"]), "reload": 1}
+
+
+def test_its_times_are_those_of_the_call_that_it_prints(monkeypatch):
+    """Each call does what the page says: another adapter comes, or another strength, and nothing is in already."""
+    make = load("alive/make")
+    said = []
+
+    class Pool(hotswap_lab.AdapterPool):
+        def swap(self, name, strength=1.0):
+            said.append((self.active, self.strength, name, strength))
+            super().swap(name, strength)
+
+    monkeypatch.setattr(make, "AdapterPool", Pool)
+    found = make.measure(times=1)
+    timed = iter(said)
+    for name in demo.adapter_names():
+        for strength in make.STRENGTHS:
+            next(timed)
+            before = next(timed)
+            assert before[0] != name
+            assert before[1:] == (strength, name, strength)
+            next(timed)
+            before = next(timed)
+            assert before[0] in (name, None)  # None at strength 0
+            assert before[1] != strength
+            assert before[2:] == (name, strength)
+        assert all(each > 0 for what in ("swap", "strength", "reload") for each in found[what][name])
+    assert not [*timed]
+
+
+# --- the swap that stops halfway
+
+HALFWAY = json.loads((DOCS / "halfway" / "data.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def halfway():
+    return load("halfway/make")
+
+
+@pytest.mark.parametrize("number", few_of(range(len(HALFWAY["pairs"])), [0]))
+def test_the_answer_at_each_step_is_that_of_the_live_model(halfway, number):
+    pair, words = HALFWAY["pairs"][number], HALFWAY["words"]
+    own = {name: HALFWAY["adapters"][name] for name in (pair["before"], pair["after"])}
+    for name, each in own.items():
+        model, tokenizer = demo.load(name)
+        assert each["answers"] == demo.ask_all(model, tokenizer, words) == [*map(demo.TASKS[name], words)]
+        ranks = {path: layer.r["default"] for path, layer in halfway.alive["layers"](model) if hasattr(layer, "r")}
+        assert each["ranks"] == [ranks.get(path, 0) for path in HALFWAY["layers"]]
+    addresses, shapes = set(), set()
+
+    def noted(steps):
+        for model in steps:
+            weights = [weight for layer in halfway.layers(model) for weight in (layer.lora_A, layer.lora_B)]
+            addresses.add((id(model), *(weight["default"].weight.data_ptr() for weight in weights)))
+            shapes.add(weights[0]["default"].weight.shape)
+            yield model
+
+    for order, steps in {"rows": halfway.by_row, "layers": halfway.by_layer}.items():
+        assert pair[order] == halfway.answers(noted(steps(pair["before"], pair["after"]))), order
+        # with room, the answers are those without; at the end, those of a fresh load
+        assert [pair[order][0], pair[order][-1]] == [each["answers"] for each in own.values()]
+    assert len(addresses) == 2  # those of one model, and of another
+    assert shapes == {(32, 128)}
+    step = {"Tensor": torch.Tensor}
+    code = halfway.CODE["rows"].format(**pair, word=words[0], step=halfway.OPENS)
+    exec(code.replace("\nview.answer", "\nanswer = view.answer"), step)
+    assert step["answer"] == pair["rows"][halfway.OPENS][0]
+
+
+def test_what_the_page_says_of_the_base_and_of_sizes(halfway):
+    base, tokenizer = demo.load_base(), demo.load_tokenizer()
+    assert HALFWAY["base"] == demo.ask_all(base, tokenizer, HALFWAY["words"]) == HALFWAY["words"]
+    layer = halfway.layers(halfway.prepared("reverse")[0])[0]
+    assert HALFWAY["sizes"]["shape"] == [*layer.base_layer.weight.shape]
+    rows = sum(each["default"].weight.numel() for each in (layer.lora_A, layer.lora_B))
+    assert (HALFWAY["sizes"]["weight"], HALFWAY["sizes"]["rows"]) == (layer.base_layer.weight.numel(), rows)
+    # the page calls reverse's 24 other rows zeros, and pig_latin's none
+    for rank, name in ((8, "reverse"), (32, "pig_latin")):
+        weight = halfway.layers(halfway.prepared(name)[0])[0].lora_A["default"].weight
+        assert weight.any(1).tolist() == [row < rank for row in range(32)]
+    assert HALFWAY["pairs"][0]["rows"][halfway.OPENS][0] == "hotswap"
+
+
+@pytest.mark.parametrize("what", ["loop", "refused"])
+def test_what_a_damaged_file_does(halfway, what):
+    found = halfway.damage(what)
+    assert found == HALFWAY["damage"][what]
+    own = HALFWAY["adapters"]
+    is_whole = found["answers"] in (own["reverse"]["answers"], own["pig_latin"]["answers"])
+    assert (found["changed"], is_whole) == ((10, False) if what == "loop" else (0, True))
+    assert HALFWAY["damage"]["all"] == sum(map(bool, own["pig_latin"]["ranks"])) == 16
+
+
+@pytest.mark.parametrize("what", few_of(["without", "with"], ["with"]))
+def test_what_room_does_to_a_compiled_model(halfway, what):
+    stored, found = HALFWAY["measured"][what], halfway.compiling(what, backend="eager")
+    assert found["shapes"] == stored["shapes"] == ([[8, 128], [32, 128]] if what == "without" else [[32, 128]] * 2)
+    for each in (stored, found):
+        assert len(set(each["addresses"])) == (2 if what == "without" else 1)
+        assert each["recompiles"] == len(each["guards"]) == (1 if what == "without" else 0)
+    if f"torch {torch.__version__}," in HALFWAY["measured"]["machine"]:
+        assert found["guards"] == stored["guards"]
+
+
+def test_how_long_a_request_waits(halfway):
+    measured = HALFWAY["measured"]["waits"]
+    assert len(measured) == len(HALFWAY["pairs"])
+    found = halfway.waits("reverse", "pig_latin", times=3)
+    for each in (*measured, found):
+        assert 0 < each["using"] < each["reload"] / 4
 
 
 # --- README and the other pages

@@ -1,6 +1,6 @@
 // Shows what the embedded model answered, without a kernel: make.py computed all of it beforehand.
 for (const page of document.querySelectorAll(".alive")) {
-  const { words, strengths, layers, adapters, measured, LEVELS, PER_ROOT, STEPS } =
+  const { words, strengths, layers, adapters, measured, LEVELS, PER_ROOT, STEPS, CALL } =
     JSON.parse(page.querySelector("script").textContent)
   const find = selector => page.querySelector(selector)
   const form = find("form").elements
@@ -43,14 +43,16 @@ for (const page of document.querySelectorAll(".alive")) {
     find(".alive-answer").classList.toggle("alive-off", !strength)
     find(".alive-answer span").textContent = `${word} →`
     find(".alive-answer output").textContent = adapters[name].answers[strengths.indexOf(strength)][words.indexOf(word)]
-    find("pre").textContent = `pool.swap("${name}", strength=${strength})\ndemo.ask(model, tokenizer, "${word}")`
+    const call = CALL.replace("{name}", name).replace("{strength}", strength)
+    find("pre").textContent = `${call}\ndemo.ask(model, tokenizer, "${word}")`
     const says = { 0: "0: off", 1: "1: as trained" }[strength] ?? String(strength)
     form.says.value = says
     form.strength.setAttribute("aria-valuetext", says)
   }
 
   function time(what) {
-    const [swap, strength, reload] = ["swap", "strength", "reload"].map(each => measured[each][form.adapter.value])
+    const name = form.adapter.value, at = strengths.indexOf(Number(form.strength.value))
+    const [swap, strength, reload] = [measured.swap[name][at], measured.strength[name][at], measured.reload[name][0]]
     find(".alive-time").textContent = {
       adapter: `The real swap took ${swap} ms. A reload by PEFT takes ${reload} ms, ${Math.round(reload / swap)} times as long.`,
       strength: `The real change of strength took ${strength} ms.`,

@@ -14,8 +14,7 @@ import statistics
 import time
 import timeit
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from html import escape
 from itertools import groupby, product
 from pathlib import Path
@@ -40,6 +39,11 @@ LEVELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 PER_ROOT = 28
 #: how often each time is measured
 TIMES = 25
+#: the swap that the page prints, and whose time it says
+CALL = 'pool.swap("{name}", strength={strength})'
+RELOAD = """model.load_adapter(folder, new)
+model.set_adapter(new)
+model.delete_adapter(old)"""
 
 
 def layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -81,37 +85,52 @@ def compute() -> dict:
     return {"words": WORDS, "strengths": STRENGTHS, "layers": paths, "adapters": adapters}
 
 
-def measure() -> dict:
-    """Return medians in milliseconds: of swaps to each adapter, of changes of the strength, of reloads by PEFT."""
+def measure(times: int = TIMES) -> dict:
+    """Return medians in milliseconds: by adapter, of reloads by PEFT, and of the printed call for each strength.
+
+    A swap comes from another adapter at the same strength, a change of strength from the strength next to it.
+    """
     torch.set_num_threads(1)
     (model, _), (reloaded, _) = demo.load(FIRST), demo.load(FIRST)
     folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
     pool = AdapterPool(model, adapters=folders, progress=False)
+    others = dict(zip(folders, [*folders][1:] + [*folders][:1], strict=True))
+    found = defaultdict(list)
 
-    def reload(name: str) -> None:
-        old, new = reloaded.active_adapter, f"{name}-{time.perf_counter_ns()}"
-        reloaded.load_adapter(folders[name], new)
-        reloaded.set_adapter(new)
-        reloaded.delete_adapter(old)
+    def seconds(code: str, **names: object) -> float:
+        return timeit.timeit(code, globals=names, number=1)
 
-    def change(name: str) -> None:
-        pool.strength = 0.5
-
-    found, runs = defaultdict(list), {"swap": pool.swap, "strength": change, "reload": reload}
     # in rounds, so that other load on the machine affects all of them alike
-    for _, what, name in product(range(TIMES), runs, folders):
-        found[what, name].append(timeit.timeit(partial(runs[what], name), number=1))
-    by_name = defaultdict(dict)
-    for (what, name), seconds in found.items():
-        by_name[what][name] = float(f"{statistics.median(seconds) * 1000:.2g}")
-    return {"machine": f"medians of {TIMES}, {machine()}", **by_name}
+    for _, name in product(range(times), folders):
+        for at, strength in enumerate(STRENGTHS):
+            call = CALL.format(name=name, strength=strength)
+            pool.swap(others[name], strength)
+            found["swap", name, at].append(seconds(call, pool=pool))
+            pool.swap(name, STRENGTHS[at - 1 if at else 1])
+            found["strength", name, at].append(seconds(call, pool=pool))
+        old, new = reloaded.active_adapter, f"{name}-{time.perf_counter_ns()}"
+        found["reload", name, 0].append(seconds(RELOAD, model=reloaded, folder=folders[name], old=old, new=new))
+    by_name = defaultdict(lambda: defaultdict(list))
+    for (what, name, _), each in found.items():
+        by_name[what][name].append(float(f"{statistics.median(each) * 1000:.2g}"))
+    return {"machine": f"medians of {times}, {machine()}", **by_name}
+
+
+def filled(folder: Path, parts: Mapping[str, str]) -> str:
+    """Return the HTML, style and program of a part of the site with ``{NAMES}`` filled in, in the palette's colors."""
+    colors = {"card": CARD, "ink": INK, "muted": MUTED, "base": BASE}
+    themes = ";".join(f"--{name}:light-dark({color},{DARK[color]})" for name, color in colors.items())
+    files = {kind: (folder / f"{folder.name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    shared = (FOLDER / "part.css").read_text(encoding="utf-8")
+    html = files["html"]
+    for name, text in {"STYLE": shared + files["css"], "PROGRAM": files["js"], "THEMES": themes, **parts}.items():
+        html = html.replace(f"{{{name}}}", text)
+    return html
 
 
 def fragment() -> str:
     """Return the page's part: controls, map and answer as HTML, with its style, its data and its program inside."""
     data = json.loads((FOLDER / "data.json").read_text(encoding="utf-8"))
-    colors = {"card": CARD, "ink": INK, "muted": MUTED, "base": BASE}
-    themes = ";".join(f"--{name}:light-dark({color},{DARK[color]})" for name, color in colors.items())
     buttons = "".join(
         f'<label style="--adapter:{adapter_color(name)}"><input type="radio" name="adapter" value="{name}"'
         f"{' checked' * (name == FIRST)}><span>{name}</span></label>"
@@ -123,9 +142,6 @@ def fragment() -> str:
     grid = "".join(f"<span>{each}</span>" for each in ("", *columns))
     grid += "".join(f"<span>{block}</span>{tile * len([*paths])}" for block, paths in rows)
     parts = {
-        "STYLE": (FOLDER / "alive.css").read_text(encoding="utf-8"),
-        "PROGRAM": (FOLDER / "alive.js").read_text(encoding="utf-8"),
-        "THEMES": themes,
         "BUTTONS": buttons,
         "WORDS": "".join(f"<option>{word}</option>" for word in data["words"]),
         "MOST": str(data["strengths"][-1]),
@@ -133,12 +149,11 @@ def fragment() -> str:
         "GRID": grid,
         "LEGEND": "".join(f"<i></i>{each}" for each in ("0", *(f"&lt;{100 * end:g}%" for end in STEPS), "more")),
         "MACHINE": escape(data["measured"]["machine"]),
-        "DATA": json.dumps({**data, "LEVELS": LEVELS, "PER_ROOT": PER_ROOT, "STEPS": STEPS}, separators=(",", ":")),
+        "DATA": json.dumps(
+            {**data, "LEVELS": LEVELS, "PER_ROOT": PER_ROOT, "STEPS": STEPS, "CALL": CALL}, separators=(",", ":")
+        ),
     }
-    html = (FOLDER / "alive.html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        html = html.replace(f"{{{name}}}", text)
-    return html
+    return filled(FOLDER, parts)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ By itself, and, where ``SITE`` names the folder of the built site, on the pages 
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 from front_ends import ROOT, chromium, open_browser
 from lengths import long
 from playwright.sync_api import expect
+from site_pages import COLORS, SITE, TOO_WIDE, opening, pages
 from test_palette import contrast
 
 from hotswap_lab import demo
@@ -24,30 +22,19 @@ from hotswap_lab.figures.palette import adapter_color
 pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium")
 
 DATA = json.loads((ROOT / "docs" / "alive" / "data.json").read_text())
-SITE = Path(os.environ.get("SITE") or ROOT).resolve()
-PAGES = ["", *(["index.html", "notebooks/00_start_here.html"] if SITE != ROOT else [])]
-SIZES = {"phone": {"width": 390, "height": 844}, "wide": {"width": 1280, "height": 900}}
-HEAD = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>'
+#: the place of strength 1 in lists
+AS_TRAINED = DATA["strengths"].index(1)
+PAGES = pages("index.html", "notebooks/00_start_here.html")
 #: how far below the top of the part each of its elements begins and ends, and where they are from left to right
 PLACES = """box => [box, ...box.querySelectorAll('*')].filter(each => each.getClientRects().length).map(each => {
     const {top, bottom, left, right} = each.getBoundingClientRect(), from = box.getBoundingClientRect().top
     return each.closest('.alive-answer') ? top - from : [top - from, bottom - from, left, right]
 })"""
-#: whether the page, or a part of it, is wider than the window
-TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
 CUT = """box => [...box.querySelectorAll('.alive-answer, pre, select, fieldset span')]
     .filter(each => each.scrollWidth > each.clientWidth || each.scrollHeight > each.clientHeight).length"""
 #: for each layer, whether any pixel of its tile has a color
 PAINTED = """map => [...map.querySelectorAll('canvas')].map(each =>
     each.getContext('2d').getImageData(0, 0, each.width, each.height).data.some(Boolean))"""
-#: the color of an answer, and of the card behind it
-COLORS = """answer => [answer, answer.closest('.alive')].map((each, at) => {
-    const brush = document.createElement('canvas').getContext('2d')
-    brush.fillStyle = getComputedStyle(each)[at ? 'backgroundColor' : 'color']
-    brush.fillRect(0, 0, 1, 1)
-    const parts = [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3)
-    return '#' + parts.map(each => each.toString(16).padStart(2, '0')).join('')
-})"""
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +46,8 @@ def browser():
 @pytest.fixture(params=PAGES, ids=lambda path: path or "alone")
 def opened(request, browser, tmp_path):
     """A function that opens a page and returns it, with the part that is alive."""
-    file = SITE / request.param
-    if not request.param:
-        file = tmp_path / "alive.html"
-        fragment = runpy.run_path(str(ROOT / "docs" / "alive" / "make.py"))["fragment"]()
-        file.write_text(HEAD + fragment, encoding="utf-8")
-    errors = []
-
-    def opened(size="wide", scheme="light"):
-        page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)
-        page.on("pageerror", lambda error: errors.append(error))
-        page.goto(file.as_uri())
-        return page, page.locator(".alive")
-
-    yield opened
-    for context in browser.contexts:
-        context.close()
-    assert not errors
+    with opening(browser, tmp_path, "alive", request.param) as opened:
+        yield opened
 
 
 def stored(name: str, strength: float, word: str) -> str:
@@ -91,7 +63,7 @@ def test_each_button_shows_its_adapter(opened):
         expect(part.get_by_role("radio", checked=True)).to_have_count(1)
         expect(answer).to_have_text(demo.TASKS[name]("hotswap"))
         expect(answer).to_have_css("color", "rgb({}, {}, {})".format(*bytes.fromhex(adapter_color(name)[1:])))
-        expect(time).to_contain_text(f"took {DATA['measured']['swap'][name]:g} ms")
+        expect(time).to_contain_text(f"took {DATA['measured']['swap'][name][AS_TRAINED]:g} ms")
         expect(part.locator("pre")).to_contain_text(f'pool.swap("{name}", strength=1)')
         layers = DATA["adapters"][name]["tiles"]
         assert part.locator(".alive-map").evaluate(PAINTED) == [path in layers for path in DATA["layers"]]
@@ -113,7 +85,8 @@ def test_by_keyboard(opened):
     for strength in (0.75, 0.5):
         page.keyboard.press("ArrowLeft")
         expect(answer).to_have_text(stored(following, strength, "hotswap"))
-    expect(part.get_by_role("status").last).to_contain_text("change of strength took")
+    took = DATA["measured"]["strength"][following][DATA["strengths"].index(0.5)]
+    expect(part.get_by_role("status").last).to_contain_text(f"change of strength took {took:g} ms")
     page.keyboard.press("Tab")
     expect(part.get_by_role("combobox", name="word")).to_be_focused()
     page.keyboard.press("ArrowDown")
