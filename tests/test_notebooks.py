@@ -27,6 +27,17 @@ OTHER_PICTURES = ("meter",)
 #: the share of cells whose output may differ from run to run
 MAX_IGNORED = 0.15
 
+#: pictures with a control, the gray bar, by cell: where the lines before say of each thing compared in what it differs
+CONTROLS = {
+    "6140ba45": r"not prepared +(A .*)\nrank 2, room for 128 +(A .*)\nrank 32, room for 128 +(A .*)",
+    "82bd8712": r"\nnot prepared +(A .*)\nroom for rank 8 +(A .*)\nroom for rank 16 +(A .*)",
+    "7941e7fc": r"(\d+ compiled, 2 recompiles)[^$]*(\d+ compiled, 0 recompiles)",
+    "01beb23b": r"420 tensors, (.* bytes)[^$]*\n(.* bytes)\n",
+    "calls-shown": r"contiguous (\[.*\])\nviews of an arena (\[.*\])",
+}
+#: pictures whose bars are other code, which the cells before show
+OTHER_CODE = {"bed42cef", "4c90f6db", "buys-times", "e2df127d", "c037", "ce3a279e", "rl-times-shown"}
+
 
 def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
@@ -100,6 +111,26 @@ def test_outputs_are_stored_and_clean(notebook):
             assert OFF not in svg or bytes.fromhex(OFF[1:]) in png
             if cell.source not in OTHER_PICTURES:
                 assert_is_svg(svg, output.data["text/plain"])
+
+
+def test_what_a_control_is_compared_with_differs_from_it():
+    """Two models that are alike by mistake would take the same time, and prove what they should test."""
+    found, machines = set(), set()
+    for path in NOTEBOOKS:
+        said = "\n"
+        for cell in read(path).cells:
+            text = "".join(each.get("text", "") for each in cell.get("outputs", []))
+            machines |= {*re.findall(r"(?:^|on )([A-Z][^\n,]*), \d+ cores?, \d+ threads?, Linux", text, re.MULTILINE)}
+            if path in CHAPTERS and re.search(
+                r"^(figures\.bars\(.*base=|chart\(|timeline\()", cell.source, re.MULTILINE
+            ):
+                found.add(cell.id)
+            if cell.id in CONTROLS:
+                values = re.search(CONTROLS[cell.id], said).groups()
+                assert len({*values}) == len(values), (path.name, values)
+            said += text
+    assert found == CONTROLS.keys() | OTHER_CODE
+    assert len(machines) == 1  # or numbers of two chapters could not be compared
 
 
 def test_ignored_cells_have_a_structure():

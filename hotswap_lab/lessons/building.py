@@ -3,6 +3,7 @@
 A notebook begins with ``%load_ext hotswap_lab.lessons.building``. A cell that begins with ``%%part 02`` is the part of
 chapter 02: it is tried together with all parts before it. If it is right, it is kept in ``my_hotswap.py`` next to the
 notebook. Parts that aren't there, as on Colab, where each notebook is a new machine, are those of the solution.
+A cell that begins with ``%%fresh 02`` runs in a new process, which can import that file, up to chapter 02.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import contextlib
 import functools
 import linecache
 import re
+import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,9 +38,17 @@ SOLUTION = Path(__file__).with_name("mini_hotswap.py")
 if not SOLUTION.exists():
     SOLUTION = Path(__file__).parents[2] / "notebooks" / "solutions" / "mini_hotswap.py"
 
+#: the ``padded`` of chapter 01; that of 02 takes its place
+GIVEN = """
+def padded(values, room):
+    if values.shape != room.shape:
+        raise ValueError(f"a tensor of shape {(*values.shape,)} has no place in {(*room.shape,)}")
+    return values
+"""
+
 
 def load_ipython_extension(ipython: Any) -> None:
-    """Defines ``%%part``, for ``%load_ext``."""
+    """Defines ``%%part`` and ``%%fresh``, for ``%load_ext``."""
 
     def magic(chapter: str, text: str) -> None:
         part(chapter, text)
@@ -45,19 +56,40 @@ def load_ipython_extension(ipython: Any) -> None:
             ipython.push({"mini": built(chapter, text)})
 
     ipython.register_magic_function(magic, "cell", "part")
+    ipython.register_magic_function(in_new_process, "cell", "fresh")
 
 
 def part(chapter: str, text: str) -> None:
     """Check a chapter's part; if it is right, keep it in :data:`MINE`."""
     if PARTS[chapter].is_right(text):
-        parts = {name: each for name, each in parts_of_yours().items() if name != chapter} | {chapter: text}
-        MINE.write_text("\n\n".join(f"# ---- {name}\n\n{each.strip()}\n" for name, each in sorted(parts.items())))
+        MINE.write_text(as_file(max([chapter, *parts_of_yours()]), {chapter: text}))
         print(f"It is in {MINE} now.")
+
+
+def as_file(chapter: str, own: Mapping[str, str]) -> str:
+    """All parts up to a chapter's, yours or the solution's, as a file that can be imported.
+
+    >>> exec(as_file("01b", {}), {})
+    """
+    return "\n\n".join(f"# ---- {name}\n\n{text.strip()}\n" for name, text in parts_up_to(chapter, own).items())
+
+
+def in_new_process(chapter: str, code: str) -> None:
+    """Run code in a new process that can import your file, up to a chapter's part, and print what it prints.
+
+    >>> in_new_process("01b", "import my_hotswap; print(my_hotswap.NAME)")
+    default
+    """
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, MINE.name).write_text(as_file(chapter, {}))
+        code = f"import sys; sys.path[:0] = {[place, *sys.path]}\n{code}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    print((done.stdout + done.stderr * bool(done.returncode)).rstrip())
 
 
 def parts_of(file: Path) -> dict[str, str]:
     """The parts of a file by chapter; in front of the first one, by "", what all of them import."""
-    first, *others = re.split(r"^# ---- (\d*).*\n", file.read_text(), flags=re.MULTILINE)
+    first, *others = re.split(r"^# ---- (\w*).*\n", file.read_text(), flags=re.MULTILINE)
     return {"": first} | dict(zip(others[::2], others[1::2], strict=True))
 
 
@@ -74,11 +106,11 @@ def solution(chapter: str) -> Source:
     return Source(parts_of(SOLUTION)[chapter].strip())
 
 
-def of_equal_shape(values: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    """The ``padded`` of chapter 01; that of 02 takes its place."""
-    if values.shape != room.shape:
-        raise ValueError(f"a tensor of shape {(*values.shape,)} has no place in {(*room.shape,)}")
-    return values
+def parts_up_to(chapter: str, own: Mapping[str, str]) -> dict[str, str]:
+    """The parts up to a chapter's: these, or yours, or the solution's; first what all of them import, with GIVEN."""
+    parts = parts_of(SOLUTION) | parts_of_yours() | own
+    parts[""] += GIVEN
+    return {name: text for name, text in sorted(parts.items()) if name <= chapter}
 
 
 def built(chapter: str, text: str | None = None) -> ModuleType:
@@ -93,13 +125,10 @@ def built(chapter: str, text: str | None = None) -> ModuleType:
     16
     """
     module = ModuleType("my_hotswap")
-    vars(module)["padded"] = of_equal_shape
-    parts = parts_of(SOLUTION) | parts_of_yours() | ({} if text is None else {chapter: text})
-    for name, each in sorted(parts.items()):
-        if name <= chapter:
-            file = f"<part {name}>"
-            linecache.cache[file] = len(each), None, each.splitlines(True), file  # for what is said of an error
-            exec(compile(each, file, "exec"), module.__dict__)
+    for name, each in parts_up_to(chapter, {} if text is None else {chapter: text}).items():
+        file = f"<part {name}>"
+        linecache.cache[file] = len(each), None, each.splitlines(True), file  # for what is said of an error
+        exec(compile(each, file, "exec"), module.__dict__)
     return module
 
 
@@ -159,7 +188,7 @@ def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator
 @Exercise
 @torch.no_grad()
 def part_01(text):
-    """read, plan and write: a swap into a model that has the right shapes, or a refusal."""
+    """read: a folder's tensors and scalings, layer by layer."""
     mini = built("01", text)
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
@@ -175,6 +204,13 @@ def part_01(text):
                 for key, value in zip(("lora_A", "lora_B", "scaling"), values, strict=True)
             }
             yield f"read {name}", *first_difference(yours, tensors_of(truth))
+
+
+@Exercise
+@torch.no_grad()
+def part_01b(text):
+    """plan and write: a swap into a model that has the right shapes, or a refusal."""
+    mini = built("01b", text)
     live = demo.load("reverse")[0]
     for name in ("vowels_up", "shout", "reverse"):
         before, places = tensors_of(live), addresses(live)

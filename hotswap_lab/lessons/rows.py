@@ -26,12 +26,14 @@ def timetable(calls: Sequence[Sequence[tuple[int, str] | None]], title: str) -> 
     left, top, width, height = 60, 74, min(580 / len(calls), 64), 26
     adapters = dict.fromkeys(each[1] for call in calls for each in call if each)
     rows = list(zip(*calls, strict=True))
-    canvas = Canvas(660, top + height * len(rows) + 10)
+    canvas = Canvas(660, top + height * len(rows) + 26)
     title += f": {len(calls)} calls of the model"
     canvas.text(330, 26, title, size=15)
     for number, adapter in enumerate(adapters):
         canvas.box(left + 116 * number, 42, 16, 16, light(adapter))
         canvas.text(left + 116 * number + 22, 55, adapter, anchor="start")
+    for call in [1, *range(5, len(calls) + 1, 5)]:
+        canvas.text(left + width * (call - 0.5), canvas.height - 8, f"call {call}", size=11, color=MUTED)
     told = []
     for number, row in enumerate(rows):
         y, start, served = top + height * number, 0, []

@@ -1,29 +1,39 @@
-"""WriteScrubber: the write of a swap, one row at a time, with the model's answer after each."""
+"""WriteScrubber: a swap stopped at any of its steps: the memory, the model's answer, and what a request would get."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
+from string import Template
 
 import torch
 
 from .. import demo
 from ..core.tensors import SlotTensor
-from ..figures import Canvas, Figure, area
-from ..figures.palette import INK, MUTED, OFF, adapter_color
-from ..swap import hotswap_adapter, prepare_model_for_compiled_hotswap, resolve_slot
+from ..figures import Canvas, Figure, palette
+from ..figures.latency import readable
+from ..swap import resolve_slot
 from ..threads import bases_of, locked
-from .view import FITS, w
+from .switch import demo_pool
+from .view import FITS, FOLDER, escape, speaking, w, wrapping_row
 from .work import WorkingView
 
-#: where the pictures of rows begin, and how high they are
-TOP, HIGH = 74, 192
+#: the halves of the picture, next to each other where there is room, for the sizes that all demo models have
+PICTURE = Template((FOLDER / "scrubber.svg").read_text("utf-8"))
+#: by what keeps a request from a model that is half swapped: the line that it runs, and what is said of it
+REQUESTS = {
+    "no lock": ("ask(model, tokenizer, {word!r})", "it gets {1}"),
+    "reload": ("ask(*load({after!r}), {word!r})", "it waits {0}, then gets {1}"),
+    "pool.using": ("with pool.using({after!r}): ask(model, tokenizer, {word!r})", "it waits {0}, then gets {1}"),
+}
 
 
 class WriteScrubber(WorkingView):
-    """The first ``lora_A`` and ``lora_B`` of a model while a swap writes them, and what the model answers meanwhile.
+    """One layer's memory while a swap writes it, the model's answer at that step, and its answers at all others.
 
-    It makes its own model, prepared for all demo adapters, and swaps once to know what is written. Row j of a prepared
-    model's memory holds component j of every layer, so each step writes one row, and the last one the scalings.
+    It makes a model of its own, and asks it after each step. Row j of a prepared model's memory holds component j of
+    every layer, so each step writes one row, and the last one the scalings.
 
     Parameters
     ----------
@@ -31,105 +41,130 @@ class WriteScrubber(WorkingView):
         Names of two demo adapters.
     word:
         The word that the model is asked at each step.
+    guess_at:
+        The step whose answer the reader is asked to guess.
 
     Examples
     --------
     >>> from hotswap_lab.widgets import WriteScrubber
     >>> view = WriteScrubber()
-    >>> view.steps, view.answer
-    (33, 'otswaphay')
-    >>> view.step = 33
+    >>> view.go(6)
     >>> print(view)
-    WriteScrubber: pig_latin to double, step 33 of 33: hotswap → hotswaphotswap
-    2 rows copied · 30 zeroed · 0 zero already · 0 to write
+    WriteScrubber: reverse to pig_latin, step 6 of 33: hotswap → hotswap
 
     How to read it: between the first and the last step, the model is neither adapter, so no call may come in between.
     """
 
-    title = "Scrub the write: a swap, row by row"
+    title = "Stop a swap halfway. Which model is this?"
     doing = "writing and asking"
 
-    def __init__(self, before: str = "pig_latin", after: str = "double", word: str = "hotswap"):
-        self.names: tuple[str, str] = before, after
-        self.word = word
-        self.model: torch.nn.Module
-        self.model, self._tokenizer = demo.load(before)
-        prepare_model_for_compiled_hotswap(self.model, adapters=[*map(demo.adapter_path, demo.adapter_names())])
-        self._slot = resolve_slot(self.model, "default")
-        start = self._rows()
-        hotswap_adapter(self.model, demo.adapter_path(after), "default")
-        self._ends = start, self._rows()
+    def __init__(self, before: str = "reverse", after: str = "pig_latin", word: str = "hotswap", guess_at: int = 6):
+        self.names, self.word, self.guess_at, self.guessed = (before, after), word, guess_at, ""
+        self.pool, self._tokenizer = demo_pool()
+        self.model, self._slot = self.pool.model, resolve_slot(self.pool.model, "default")
+        self._ends = [self._rows(name) for name in self.names]
+        self._ranks = [int(rows.any(1).sum()) for rows, *_ in self._ends]
+        self._lines_run = {how: line.format(after=after, word=word) for how, (line, _) in REQUESTS.items()}
         #: the number of steps: the rows, and the scalings
-        self.steps: int = max(map(len, start)) + 1
-        self.step = 0
+        self.steps: int = max(map(len, self._ends[0])) + 1
+        #: the answer at each step
+        self.answers: dict[int, str] = {}
+        for step in range(self.steps, -1, -1):
+            self._run(partial(self._go, step))
 
-    def _rows(self) -> list[torch.Tensor]:
-        """For each tensor, a copy of its rank components as rows."""
+    def _rows(self, name: str) -> list[torch.Tensor]:
+        """For each tensor of an adapter, a copy of its rank components as rows."""
+        self.pool.swap(name)
         return [_by_row(each).clone() for each in self._slot.tensors]
 
-    @property
-    def step(self) -> int:
-        """How many steps are done. Can be set: that writes to the model's memory, in place."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
+    def go(self, step: int) -> None:
+        """Do this many steps of the swap, which writes to the model's memory, in place."""
         if not isinstance(step, int) or not 0 <= step <= self.steps:
             raise ValueError(f"a step is 0 to {self.steps}: got {step!r}")
         self._run(partial(self._go, step))
 
     def _go(self, step: int) -> None:
         with locked(*bases_of(self.model)), torch.no_grad():
-            # the swap itself, or back to the start, and from there a part of the write
-            hotswap_adapter(self.model, demo.adapter_path(self.names[step == self.steps]), "default")
-            for tensor, new in zip(self._slot.tensors, self._ends[1], strict=True):
-                _by_row(tensor)[:step] = new[:step]
-            self._step, answer = step, demo.ask(self.model, self._tokenizer, self.word)
-        #: the model's answer at this step
-        self.answer: str = answer
-        self.summary: str = f"{' to '.join(self.names)}, step {step} of {self.steps}: {self.word} → {self.answer}"
+            # the scalings and the config of one of the two, then the rows of both
+            self.pool.swap(self.names[step == self.steps])
+            for tensor, was, will in zip(self._slot.tensors, *self._ends, strict=True):
+                _by_row(tensor).copy_(torch.cat([will[:step], was[step:]]))
+            answer = self.answers[step] = demo.ask(self.model, self._tokenizer, self.word)
+        #: what became of the requests at this step
+        self.arrived: dict[str, str] = {}
+        (old, new), self.step = self.names, step
+        self.summary: str = f"{old} to {new}, step {step} of {self.steps}: {self.word} → {answer}"
 
-    # ---- text, picture and controls
+    def _guess(self, word: str) -> None:
+        self._go(self.guess_at)
+        self.guessed = f"You said {word}. It is {self.answers[self.guess_at]}."
 
-    def _lines(self) -> list[str]:
-        old, new = (int(rows.any(1).sum()) for rows, *_ in self._ends)
-        done, spare = min(self.step, max(old, new)), len(self._ends[0][0]) - max(old, new)
-        counts = min(done, new), max(done - new, 0), spare, max(old, new) - done
-        return ["{} rows copied · {} zeroed · {} zero already · {} to write".format(*counts)]
+    def _request(self, how: str) -> None:
+        start, found = time.perf_counter(), []
+
+        def ask(*arguments: object) -> None:
+            found.extend((readable(time.perf_counter() - start), demo.ask(*arguments)))
+
+        known = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer}
+        exec(self._lines_run[how], known | {"ask": ask, "load": demo.load})  # what is shown is what is measured
+        self.arrived = self.arrived | {how: REQUESTS[how][1].format(*found)}
+
+    # ---- picture and controls
 
     def figure(self) -> Figure:
-        """The first lora_A and lora_B at their places in memory: a bar for each row, in the color of its adapter."""
-        canvas, (a, b), step = Canvas(420, 336), map(_by_row, self._slot.tensors[:2]), self._step
-        word, note = partial(canvas.text, size=12), partial(canvas.text, size=12, anchor="start", color=MUTED)
-        high, (old, new) = HIGH / len(a), map(adapter_color, self.names)
-        for name, color, x, anchor in zip(self.names, (old, new), (226, 254), ("end", "start"), strict=True):
-            word(x, 24, name, size=14, anchor=anchor, color=color, bold=True)
-        word(240, 24, "→", size=14)
-        for at, (left, title) in enumerate({84: "lora_A", 254: "lora_B, its columns"}.items()):
-            word(left, TOP - 24, title, size=13, anchor="start")
-            note(left, TOP - 8, f"at lora_A's address + {at * (b.data_ptr() - a.data_ptr())} B")
-            rows = [*self._ends[1][at][:step], *self._ends[0][at][step:]]
-            for row, used in enumerate(map(torch.any, rows)):
-                color = OFF if not used else new if row < step else old
-                canvas.shapes.append(f"<rect {area(left, TOP + high * row, 150, high - 1)} fill='{color}'/>")
-        y = TOP + high * min(step, len(a)) - 0.5
-        note(76, y + 4, f"step {step}", anchor="end")
-        canvas.line(80, y, 408, y, INK, width=2)
-        word(210, TOP + HIGH + 20, *self._lines())
-        word(210, TOP + HIGH + 52, f"{self.word} → {self.answer}", size=18, bold=True)
+        """One layer's rows in the colors of their adapters, and a cell for each step's answer."""
+        canvas = Canvas(660, 300)
+        canvas.shapes = [self._picture()]
         return canvas.figure(str(self))
+
+    def _inside(self) -> str:
+        look = f"data-note='{escape(getattr(self, '_note', ''))}' style='display:flex;flex-wrap:wrap'"
+        return f"<div class='hotswap-picture' {look}>{self._picture()}</div>"
+
+    def _picture(self) -> str:
+        step, (old, new), (old_rank, new_rank) = self.step, self.names, self._ranks
+        answers = [escape(each) for _, each in sorted(self.answers.items())]
+        first, middle, last, answer = (answers[at] for at in (0, 17, self.steps, step))
+        said, more, said_color = f"neither {old} ({first})", f"nor {new} ({last})", palette.WRONG
+        if owner := {first: old, last: new}.get(answer):
+            said, more, said_color = f"what {owner} answers", "", palette.RIGHT
+        colors = {first: palette.adapter_color(old), last: palette.adapter_color(new)}
+        fills = [colors.get(each, palette.MUTED) for each in answers]
+        cells = "".join(f"<rect x='{at}' width='.9' height='28' fill='{fill}'/>" for at, fill in enumerate(fills))
+        texts = dict(old=old, new=new, first=first, middle=middle, last=last, answer=answer, word=escape(self.word))
+        texts |= dict(said=f"step {step} of {self.steps}: {said}", more=more, neither=fills.count(palette.MUTED))
+        looks = dict(cells=cells, said_color=said_color, old_color=colors[first], new_color=colors[last], step=step)
+        looks |= dict(old_rows=max(old_rank - step, 0), new_rows=min(step, new_rank), size=480 // max(16, len(answer)))
+        return PICTURE.substitute(vars(palette), **texts, **looks)
 
     def _controls(self) -> list:
         self._with_stop()  # of no control: the slider stays enabled
-        self._address = w.HTML()
-        self._slider = w.IntSlider(max=self.steps, description="step", layout=w.Layout(width="420px", max_width=FITS))
+        self._said = speaking()
+        self._slider = w.IntSlider(max=self.steps, description="step", layout=w.Layout(width="660px", max_width=FITS))
         self._when_set(self._slider, lambda step: self._come(f"step {step}", partial(self._go, step)))
-        return [self._slider, self._address]
+        words = self.answers[0], self.answers[self.steps], "another"
+        guesses = [self._starter(word, f"guess: {word}", self._guess) for word in words]
+        self._results = {how: speaking(layout=w.Layout(flex="1 1 200px", margin="2px 8px")) for how in REQUESTS}
+        starters = [self._starter(how, self._lines_run[how], self._request) for how in REQUESTS]
+        requests = map(wrapping_row, starters, self._results.values())
+        arrive = w.HTML(f"<strong>Let a request for {self.names[1]} arrive now</strong>")
+        question = w.HTML(f"Guess first: which word at step {self.guess_at}?")
+        return [w.VBox([wrapping_row(question, *guesses), self._said]), self._slider, arrive, *requests]
+
+    def _starter(self, label: str, tooltip: str, job: Callable[[str], None]) -> w.Button:
+        act = partial(self._come, label, partial(job, label))
+        return self._button(label, tooltip, act, layout=w.Layout(min_width="104px"))
+
+    def _build(self) -> list:
+        title, guess, *others, body, problem = super()._build()
+        return [title, guess, body, *others, problem]
 
     def _refresh(self) -> None:
         super()._refresh()
-        self._address.value = f"lora_A is at <code>{self._slot.tensors[0].memory.data_ptr():#x}</code>"
+        self._said.value = f"&nbsp;{escape(self.guessed)}"  # so that its line is there before it, and nothing moves
         self._slider.value = self._slider.value if self.busy else self.step  # not back while the user moves it
+        for how, text in self._results.items():
+            text.value = f"<code>{escape(self._lines_run[how])}</code><br>&nbsp;{escape(self.arrived.get(how, ''))}"
 
 
 def _by_row(tensor: SlotTensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ NAME = "default"  # of the adapter in the model
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # for each layer lora_A, lora_B and the scaling
 
 
-# ---- 01: read, plan, write
+# ---- 01: read
 
 
 def read(folder: str) -> Adapter:
@@ -38,6 +38,9 @@ def read(folder: str) -> Adapter:
             divisor = len(a) ** 0.5 if config.use_rslora else len(a)
             adapter[path] = a, b, (alphas or [config.lora_alpha])[0] / divisor
     return adapter
+
+
+# ---- 01b: plan, write
 
 
 def layers_of(model: PeftModel) -> dict[str, torch.nn.Module]:

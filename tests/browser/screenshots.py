@@ -13,7 +13,7 @@ from front_ends import SETUP, WIDGETS, NotebookPage, jupyter, open_browser, writ
 
 CELLS = WIDGETS | {
     "panel": "panel = SwapPanel.demo()\npanel.choose('sort')\npanel.pin()\npanel.choose('pig_latin')\npanel",
-    "scrubber": "view = WriteScrubber()\nview.step = 16\nview",
+    "scrubber": "view = WriteScrubber()\nview.go(6)\nview",
 }
 LOOKS = {
     "light": ("JupyterLab Light", {"width": 1200, "height": 900}),

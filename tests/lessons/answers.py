@@ -66,6 +66,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = config.r"),
+    ],
+    "01b part_01b": [
         ("for path, layer in layers.items():", "for path, layer in ((p, layers[p]) for p in adapter):"),
         ("in layers.items():", "in (each for each in layers.items() if 'layers.1.mlp' not in each[0]):"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := '':"),
@@ -287,6 +289,38 @@ RIGHT: dict[str, list[str | tuple[str, ...]]] = {
     ],
     "01 part_01": [
         """
+def read(folder):
+    config, tensors = LoraConfig.from_pretrained(folder), load_file(f"{folder}/adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        path, word, _ = key.rpartition(".lora_A.weight")
+        if not word:
+            continue
+        path, b, alpha = path.removeprefix("base_model.model."), tensors[f"{path}.lora_B.weight"], config.lora_alpha
+        for pattern, other in config.alpha_pattern.items():
+            if re.search(rf"(^|\\.)({pattern})$", path):
+                alpha = other
+                break
+        found[path] = [a, b, alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0])]
+    return found
+""",
+        """
+def read(folder):
+    config, found = LoraConfig.from_pretrained(folder), {}
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    for key in sorted(tensors):
+        if key.endswith("lora_A.weight"):
+            path = key[len("base_model.model.") : -len(".lora_A.weight")]
+            own = next((n for key, n in config.alpha_pattern.items() if re.match(rf"(.*\\.)?({key})$", path)), config.lora_alpha)
+            a, b = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+            found[path] = a, b, own / len(a) ** (0.5 if config.use_rslora else 1)
+    return found
+""",
+        ("alphas = [alpha for end, alpha in config.alpha_pattern.items() if re.fullmatch(rf\"(.*\\.)?({end})\", path)]", "alphas = [config.alpha_pattern[end] for end in config.alpha_pattern if re.match(rf\"(.*\\.)?({end})$\", path)]"),
+        ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = {True: len(a) ** 0.5, False: len(a)}[config.use_rslora]"),
+    ],
+    "01b part_01b": [
+        """
 def write(writes):
     for table, key, value in writes:
         if not isinstance(table[key], torch.Tensor):
@@ -320,22 +354,7 @@ def plan(model, adapter):
             triples.append((part[NAME]._parameters, "weight", new))
     return triples
 """,
-        """
-def read(folder):
-    config, tensors = LoraConfig.from_pretrained(folder), load_file(f"{folder}/adapter_model.safetensors")
-    found = {}
-    for key, a in tensors.items():
-        path, word, _ = key.rpartition(".lora_A.weight")
-        if not word:
-            continue
-        path, b, alpha = path.removeprefix("base_model.model."), tensors[f"{path}.lora_B.weight"], config.lora_alpha
-        for pattern, other in config.alpha_pattern.items():
-            if re.search(rf"(^|\\.)({pattern})$", path):
-                alpha = other
-                break
-        found[path] = [a, b, alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0])]
-    return found
-""",
+        (WRITE, "table[key][...] = torch.as_tensor(value)"),
     ],
     "02 part_02": [
         """

@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import pkgutil
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +67,33 @@ def test_a_part_is_kept_once_it_is_right_and_the_next_ones_are_built_on_it(tmp_p
     building.part("01", "\n\ndef read(folder):\n    raise KeyError('nope')")
     assert "KeyError: 'nope' (line 4 of part 01: raise KeyError('nope'))" in capsys.readouterr().out
     building.part("01", str(building.solution("01")))
-    assert building.parts_of_yours().keys() == {"01", "02"}
+    assert building.parts_of_yours().keys() == {"01", "01b", "02"}  # 01b is the solution's, so that the file runs
+    building.in_new_process("02", "import my_hotswap as mini; print(mini.WHOSE, mini.plan.__module__)")
+    assert capsys.readouterr().out.endswith("\nmine my_hotswap\n")
+    code = "import my_hotswap; print(len(my_hotswap.read(__import__('hotswap_lab').demo.adapter_path('double'))))"
+    alone = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert alone.stdout == "16\n", alone.stderr
+
+
+#: the cells that run the reader's file in a new process, by chapter
+FRESH = {
+    path.name[:2]: cell
+    for path in sorted(NOTEBOOKS.glob("0*.ipynb"))
+    for cell in nbformat.read(path, as_version=4).cells
+    if cell.source.startswith("%%fresh")
+}
+
+
+@pytest.mark.parametrize("chapter", ["01", *map(long, ("02", "03", "04", "08"))])
+def test_the_file_runs_in_a_new_process_after_each_chapter(chapter, capsys):
+    """The notebooks' tests skip these cells, since each of them imports everything anew."""
+    first, _, code = FRESH[chapter].source.partition("\n")
+    building.in_new_process(first.split()[1], code)
+    (stored,) = FRESH[chapter].outputs
+    found, known = (
+        [line for line in text.splitlines() if "lines" not in line] for text in (capsys.readouterr().out, stored.text)
+    )
+    assert found == known
 
 
 def test_without_the_solution_the_import_works_and_its_use_says_which_file_is_missing(monkeypatch):

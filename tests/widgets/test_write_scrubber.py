@@ -1,55 +1,109 @@
-"""WriteScrubber: at both ends the model is the adapter, in between it is neither; nothing moves."""
+"""WriteScrubber: at both ends the model is the adapter, in between it is neither; nothing moves; requests get that."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 from lengths import long
 from shown import live
 
-from hotswap_lab import demo, in_use, verify_hotswap
-from hotswap_lab.figures.palette import OFF, adapter_color
+from hotswap_lab import Adapter, demo, in_use, verify_hotswap
+from hotswap_lab.figures.palette import MUTED, adapter_color
 from hotswap_lab.widgets import WriteScrubber
 
 
-@pytest.mark.parametrize(("before", "after"), [("pig_latin", "double"), long("double", "caesar")])
+@pytest.fixture(scope="module")
+def view():
+    return live(WriteScrubber())
+
+
+@pytest.mark.parametrize(("before", "after"), [("reverse", "pig_latin"), long("double", "caesar")])
 def test_at_both_ends_it_is_the_adapter_and_in_between_it_is_neither_at_the_same_addresses(before, after):
     view = WriteScrubber(before, after)
+    base = {name: each.clone() for name, each in view.model.named_parameters() if "lora_" not in name}
     addresses, found = view._slot.data_ptrs(), {}
     for step in (0, 1, view.steps - 1, view.steps):
-        view.step = step
+        view.go(step)
         found[step] = [bool(verify_hotswap(view.model, demo.adapter_path(name))) for name in (before, after)]
         assert view._slot.data_ptrs() == addresses
     # all rows are right before the last step, but not the scalings
     assert found == {0: [True, False], 1: [False] * 2, view.steps - 1: [False] * 2, view.steps: [False, True]}
-    assert view.answer == demo.TASKS[after]("hotswap")
+    assert [view.answers[step] for step in (0, view.steps)] == [demo.TASKS[name]("hotswap") for name in (before, after)]
+    assert all(torch.equal(base[name], each) for name, each in view.model.named_parameters() if name in base)
+    # the picture of W has twice the area of the other
+    adapter = sum(each.parameter.numel() for each in view._slot.layers[0].tensors)
+    assert view._slot.layers[0].module.base_layer.weight.numel() == 2 * adapter
+
+
+def halfway(step: int) -> str:
+    """What a base answers to whose weights the first rows of pig_latin and the others of reverse are added."""
+    old, new = (Adapter.load(demo.adapter_path(name)).tensors for name in ("reverse", "pig_latin"))
+    base, tokenizer = demo.load_base(), demo.load_tokenizer()
+    for key in [each for each in old if "lora_A" in each]:
+        a, b = torch.zeros(32, old[key].shape[1]), torch.zeros(32, len(old[key.replace("lora_A", "lora_B")]))
+        for rows, name, axis in ((a, key, 0), (b, key.replace("lora_A", "lora_B"), 1)):
+            for tensors, some in ((old, slice(step, 32)), (new, slice(0, step))):
+                if name in tensors:
+                    own = tensors[name].movedim(axis, 0)[some]
+                    rows[some][: len(own)] = own
+        base.get_parameter(key[17:].replace("lora_A.", "")).data += 2.0 * b.T @ a  # reverse's scaling, up to the end
+    return demo.ask(base, tokenizer, "hotswap")
+
+
+def test_every_answer_on_the_way_is_that_of_such_a_model(view):
+    assert [view.answers[step] for step in range(33)] == [halfway(step) for step in range(33)]
+    assert "gray: neither, 31 of 34 answers<" in view._picture()
+    colors = [adapter_color("reverse"), *[MUTED] * 31, *[adapter_color("pig_latin")] * 2]
+    assert re.findall(r"<rect x='[^>]*fill='(.*?)'", view._picture()) == colors
+    assert demo.ask(demo.load_base(), demo.load_tokenizer(), "hotswap") == "hotswap"  # as the picture says of step 6
 
 
 def test_each_step_writes_one_row_of_every_layer():
     view = WriteScrubber("reverse", "vowels_up")
-    view.step = 3
+    view.go(3)
     for tensor, old, new in zip(view._slot.tensors, *view._ends, strict=True):
         rows = tensor.parameter.movedim(tensor.rank_axis, 0)
         assert torch.equal(rows[:3], new[:3])
         assert torch.equal(rows[3:], old[3:])
-    assert "3 rows copied · 0 zeroed · 24 zero already · 5 to write" in str(view)
-    colors = [view.figure().svg.count(f"fill='{color}'/>") for color in (*map(adapter_color, view.names[::-1]), OFF)]
-    assert colors == [2 * 3, 2 * 5, 2 * 24]  # a bar for each row of lora_A and of lora_B
+    rows = [(int(rows), color) for rows, color in re.findall(r'v(\d+).*?stroke="(#\w+)"', view._picture())]
+    assert rows == [(3, adapter_color("vowels_up")), (5, adapter_color("reverse"))]
 
 
-def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers():
-    view = live(WriteScrubber())
+def test_a_request_gets_what_it_is_said_to_get_and_the_line_is_held_meanwhile(view):
+    view.go(6)
+    before = [each.parameter.clone() for each in view._slot.tensors]
+    for how in ("no lock", "reload", "pool.using"):
+        view._come(how, lambda how=how: view._request(how))
+        assert view.wait(60)
+        assert how in view.arrived
+    seconds = r"it waits [\d.]+ m?s, then gets otswaphay"
+    assert view.arrived["no lock"] == "it gets hotswap"
+    assert re.fullmatch(seconds, view.arrived["reload"])
+    assert re.fullmatch(seconds, view.arrived["pool.using"])
+    assert "with pool.using(&#x27;pig_latin&#x27;): ask(" in view._results["pool.using"].value
+    assert view.arrived["pool.using"] in view._results["pool.using"].value
+    assert all(map(torch.equal, before, [each.parameter for each in view._slot.tensors]))  # half a swap, as before
+    view.go(7)  # where they have not arrived
+    assert "it " not in "".join(each.value for each in view._results.values())
+
+
+def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers(view):
     with in_use(view.model):  # a thread that computes with the model
         view._slider.value = 33
         assert not view.wait(0.3)
         view._changed()
         assert view._slider.value == 33  # where the user has moved it, and not back
     assert view.wait(60)
-    assert "hotswaphotswap" in view._body.value
-    view.step = 0
+    assert "what pig_latin answers" in view._body.value
+    view.go(0)
     assert view._slider.value == 0
-    assert hex(view._slot.tensors[0].parameter.data_ptr()) in view._address.value
-    assert "hotswap → otswaphay" in view._static()["image/svg+xml"]
+    assert "what reverse answers" in view._static()["image/svg+xml"]
+    view._come("a guess", lambda: view._guess("otswaphay"))
+    assert view.wait(60)
+    assert view._slider.value == view.step == 6
+    assert view._said.value == "&nbsp;You said otswaphay. It is hotswap."
     for step in (-1, 34, 1.5):
         with pytest.raises(ValueError, match="0 to 33"):
-            view.step = step
+            view.go(step)
