@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -220,13 +221,13 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
     for name, form in first.FORMS.items():
         svg = first.drawn(measured, *form).svg + "\n"
         assert (first.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == svg, name
-    cells = nbformat.read(first.CHAPTER, as_version=4).cells
-    (chapter,) = [cell.source for cell in cells if "<!-- times: " in cell.source]
-    readme = first.README.read_text(encoding="utf-8")
-    for text, table in ((readme, first.table_of_readme(measured)), (chapter, first.table_of_chapter(measured))):
-        assert first.with_times(text, measured, table) == text
-        assert f".py -->\n{table}\n<!-- end of times -->" in text
-        assert first.described(measured) in text
+    readme, text = first.README.read_text(encoding="utf-8"), first.text_of_chapter(measured)
+    assert first.with_times(readme, measured) == readme
+    assert f".py -->\n{first.table_of_readme(measured)}\n<!-- end of times -->" in readme
+    assert first.described(measured) in readme
+    assert first.TEXT.read_text(encoding="utf-8") == text
+    chapter = nbformat.read(first.CHAPTER, as_version=4)
+    assert first.with_output(copy.deepcopy(chapter), text) == chapter
     ways = {way: row["swap"]["median"] for way, row in measured["ways"].items()}
     disk, pool = (first.readable(ways[f"hotswap_lab, {each}"]) for each in ("disk", "pool"))
     assert f"On SmolLM2-135M it takes {disk} from disk, {pool} from memory (CPU;" in readme

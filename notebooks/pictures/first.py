@@ -27,7 +27,14 @@ from typing import Any
 import nbformat
 import torch
 
-from hotswap_lab import AdapterPool, RecompileWatch, hotswap_adapter, pick_backend, prepare_model_for_compiled_hotswap
+from hotswap_lab import (
+    AdapterPool,
+    RecompileWatch,
+    hotswap_adapter,
+    lessons,
+    pick_backend,
+    prepare_model_for_compiled_hotswap,
+)
 from hotswap_lab.bench import MEMCPY, PEFT, Scene, Settings, Timing, machine, waited_for_a_core, ways_of
 from hotswap_lab.demo import smollm2, voices
 from hotswap_lab.figures import Canvas, Figure, area
@@ -37,6 +44,8 @@ from hotswap_lab.lessons.real_llm import Chat
 
 FOLDER = Path(__file__).parent
 README, CHAPTER = FOLDER.parents[1] / "README.md", FOLDER.parent / "05_real_llm.ipynb"
+#: what chapter 05 prints
+TEXT = Path(lessons.__file__).parent / "swaps_of_voices.txt"
 VOICES, QUESTION = ("json", "haiku", "pirate"), "What is Paris?"
 #: turns of each way that are timed; one before is not, in which what is compiled compiles
 ROUNDS = 10
@@ -248,7 +257,7 @@ def drawn(measured: Mapping[str, Any], width: int = 830, dark: bool = False) -> 
     y += side + 10
 
     def noted(y: float, text: str) -> float:
-        for line in textwrap.wrap(text, 58 if narrow else 125):
+        for line in textwrap.wrap(text, 58 if narrow else 140):
             y += 17
             canvas.text(14, y, line, size=12 if narrow else 13, anchor="start", color=MUTED)
         return y
@@ -301,31 +310,41 @@ def table_of_readme(measured: Mapping[str, Any]) -> str:
     return "\n".join(["| one swap | time |", "| --- | ---: |", *lines])
 
 
-def table_of_chapter(measured: Mapping[str, Any]) -> str:
+def text_of_chapter(measured: Mapping[str, Any]) -> str:
+    """What chapter 05 prints from its file in the package, where it also finds it on Colab."""
     names = {
-        "hotswap_lab, pool": "`pool.swap`",
-        "hotswap_lab, disk": "`hotswap_adapter`, from disk",
+        "hotswap_lab, pool": "pool.swap",
+        "hotswap_lab, disk": "hotswap_adapter, from disk",
         "PEFT hotswap, disk": "PEFT's, from disk",
     }
-    lines = ["| the way | swap | then the first token |", "| --- | ---: | ---: |"]
+    lines = [f"{'median (minimum)':28}{'swap':20}then the first token"]
     for way, name in names.items():
         times = [measured["ways"][way][what] for what in ("swap", "first_token")]
         swap, token = (f"{readable(each['median'])} ({readable(each['minimum'])})" for each in times)
-        lines.append(f"| {name} | {swap} | {token} |")
-    return "\n".join(lines)
+        lines.append(f"{name:28}{swap:20}{token}")
+    return "\n".join([*textwrap.wrap(described(measured), 80), "", *lines]) + "\n"
 
 
-def with_times(text: str, measured: Mapping[str, Any], table: str) -> str:
-    """A text with this measurement in it: its table, which is between two comments; the machine; the first sentence."""
+def with_times(readme: str, measured: Mapping[str, Any]) -> str:
+    """README with this measurement: the table between two comments, the machine, and the first sentences."""
     disk, pool = (readable(measured["ways"][f"hotswap_lab, {way}"]["swap"]["median"]) for way in ("disk", "pool"))
+    table = table_of_readme(measured)
     for pattern, new in (
         (r"(?<=<!-- times: made by notebooks/pictures/first.py -->\n).*?(?=\n<!-- end of times -->)", table),
         (r"[\d.]+ ms from disk, [\d.]+ ms from memory", f"{disk} from disk, {pool} from memory"),
         (r"Medians of \d+, .*?peft [\w.]+\.", described(measured)),
-        (r"[\d.]+(?: to [\d.]+)?% of (?:a|the) model", f"{share_of(measured)}% of a model"),
+        (r"[\d.]+(?: to [\d.]+)?% of a model", f"{share_of(measured)}% of a model"),
     ):
-        text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
-    return text
+        readme, found = re.subn(pattern, lambda _, new=new: new, readme, flags=re.DOTALL)
+        assert found == 1, pattern
+    return readme
+
+
+def with_output(chapter: nbformat.NotebookNode, text: str) -> nbformat.NotebookNode:
+    """Chapter 05 with what its cell prints once the file in the package has this text."""
+    (cell,) = (cell for cell in chapter.cells if cell.cell_type == "code" and TEXT.name in cell.source)
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+    return chapter
 
 
 def main(arguments: list[str]) -> None:
@@ -339,12 +358,10 @@ def main(arguments: list[str]) -> None:
     for name, form in FORMS.items():
         (FOLDER / f"{name}.svg").write_text(drawn(measured, *form).svg + "\n", encoding="utf-8")
     runpy.run_path(str(FOLDER.parent / "refresh.py"))["draw_first"]()
-    text = with_times(README.read_text(encoding="utf-8"), measured, table_of_readme(measured))
-    README.write_text(text, encoding="utf-8")
-    chapter = nbformat.read(CHAPTER, as_version=4)
-    for cell in chapter.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_times(cell.source, measured, table_of_chapter(measured))
+    README.write_text(with_times(README.read_text(encoding="utf-8"), measured), encoding="utf-8")
+    text = text_of_chapter(measured)
+    TEXT.write_text(text, encoding="utf-8")
+    chapter = with_output(nbformat.read(CHAPTER, as_version=4), text)
     CHAPTER.write_text(nbformat.writes(chapter) + "\n", encoding="utf-8")
     print(measured["waiting"])
 
