@@ -1,6 +1,6 @@
 """README's picture and times, and chapter 05's: one model, one measurement.
 
-python notebooks/pictures/first.py          # measures, in some ten minutes on an idle machine; then writes all of these
+python notebooks/pictures/first.py          # measures, in minutes on an idle machine; then writes all of these
 python notebooks/pictures/first.py --drawn  # writes them from the last measurement: first.json
 
 SmolLM2-135M with three of its voices. Each way of swapping has a model of its own, whose base weights they all share,
@@ -49,6 +49,8 @@ TEXT = Path(lessons.__file__).parent / "swaps_of_voices.txt"
 VOICES, QUESTION = ("json", "haiku", "pirate"), "What is Paris?"
 #: turns of each way that are timed; one before is not, in which what is compiled compiles
 ROUNDS = 10
+#: as in the chapters; with two, threads wait for each other wherever another program has one of two cores
+THREADS = 1
 #: of chapter 05: the room that all layers get, so that they share one graph
 RANK = 16
 
@@ -124,7 +126,7 @@ def ways(scene: Scene, tokenizer: Any) -> dict[str, Timed]:
 @torch.no_grad()
 def measure() -> dict[str, Any]:
     """All times, answers and sizes."""
-    settings = Settings(n=ROUNDS * len(VOICES))
+    settings = Settings(n=ROUNDS * len(VOICES), threads=THREADS)
     torch.set_num_threads(settings.threads)
     base, tokenizer = smollm2.load_base(), smollm2.load_tokenizer()
     scene = Scene(base, settings, [voices.path(name) for name in VOICES])
