@@ -204,7 +204,7 @@ def lines_of(text: str, width: int, most: int) -> list[str]:
     """The first lines of an answer; three dots if there are more.
 
     >>> lines_of("Arr, Paris be\\nthe city", 9, 2)
-    ['Arr,', 'Paris be …']
+    ['Arr,', 'Paris …']
     """
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
     if len(lines) > most:
@@ -259,7 +259,7 @@ def drawn(measured: Mapping[str, Any], width: int = 830, dark: bool = False) -> 
     y += side + 10
 
     def noted(y: float, text: str) -> float:
-        for line in textwrap.wrap(text, 58 if narrow else 140):
+        for line in textwrap.wrap(text, 58 if narrow else 132):
             y += 17
             canvas.text(14, y, line, size=12 if narrow else 13, anchor="start", color=MUTED)
         return y
