@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import HotswapError, advise, listing, refused
+from .core.report import text_table, wrapped
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of refusals, and what it is in a terminal
-IN_COMMANDS = {"pass add_layers=True to add": "pass --add-layers to `hotswap-lab verify` to add"}
+#: the advice of a refusal, and what it is in a terminal; a plan has no values to add layers with
+ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
+IN_COMMANDS = {ADD: "pass --add-layers to add them, or name the adapter with the most layers first, as A"}
+IN_PLAN = {ADD: "plan B A instead, the adapter with the most layers first; or `hotswap-lab verify --add-layers`"}
 
 
 class Told(dict[str, Any]):
@@ -42,7 +45,6 @@ class Told(dict[str, Any]):
 
 def show(adapter: str) -> Told:
     """An adapter, or each of a folder of them."""
-    from .core.report import text_table
     from .files.summary import summary_of
 
     folder = Path(adapter)
@@ -56,7 +58,7 @@ def show(adapter: str) -> Told:
                 raise
             damaged.append(str(error))
     header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
-    text = "\n".join([*text_table(header, [each.row for each in told]), *damaged])
+    text = "\n".join([*text_table(header, [each.row for each in told]), *map(wrapped, damaged)])
     return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
 
 
@@ -81,8 +83,8 @@ def plan(base: str, a: str, b: str) -> Told:
             needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
             needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
         if needs:
-            found = listing(needs)
-            return Told(f"not decided without the base's weights: {found}; `hotswap-lab verify` loads them", ok=None)
+            found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
+            return Told(wrapped(found), ok=None)
     with torch.device("meta"):
         model = _with_adapter(model, a, lambda model, _: get_peft_model(model, configs[0]))
     for path, parameter in list(model.named_parameters()):
@@ -91,9 +93,10 @@ def plan(base: str, a: str, b: str) -> Told:
             memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             model.get_submodule(owner)._parameters[name] = memory
     found = plan_hotswap(model, b)
-    found.refusals[:] = advise(HotswapError(*found.refusals), IN_COMMANDS).refusals
+    found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
-    return Told(found, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
+    text = wrapped(str(found).replace("in the `refusals` of this plan", "printed with --json"))
+    return Told(text, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
 def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
@@ -104,7 +107,7 @@ def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     model, originals = _loaded(base, a)
     hotswap_adapter(model, b, "default", add_layers=add_layers, base_weights=originals)
     verdict = verify_hotswap(model, b, base=lambda: _model(base))
-    return Told(verdict, ok=bool(verdict), **vars(verdict))
+    return Told(wrapped(verdict), ok=bool(verdict), **vars(verdict))
 
 
 def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:
@@ -251,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         return 0
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
-        print(advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error, file=sys.stderr)
+        print(wrapped(advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error), file=sys.stderr)
         return 1
     return int(told.get("ok") is False)
 

@@ -48,7 +48,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import demo
 from .ahead import aoti_compile, aoti_load
-from .core.report import readable_bytes
+from .core.report import readable_bytes, wrapped
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
 from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
@@ -257,6 +257,7 @@ class Way(NamedTuple):
 
     swap: Callable[[int], object]
     is_right: Callable[[int], bool]
+    model: Any = None
 
     def check(self) -> bool:
         """Swap back and forth, to end at adapter 1. Returns whether all of it was right."""
@@ -312,9 +313,16 @@ class Scene:
         return model
 
     def pool(self, names: Sequence[str] = "01", **options: Any) -> AdapterPool:
-        """A pool on a model of its own; the adapters with an odd number as their name are copies of the second."""
-        adapters = {name: self.folders[int(name) % 2] for name in names}
+        """A pool on a model of its own; a name is the number of a folder, counted round and round."""
+        adapters = {name: self.folders[int(name) % len(self.folders)] for name in names}
         return AdapterPool(self.load(), adapters=adapters, progress=False, **options)
+
+    def named(self, names: Sequence[str]) -> PeftModel:
+        """The first adapter as ``"default"``, and next to it, by PEFT alone, those of :meth:`pool`."""
+        model = self.load()
+        for name in names:
+            model.load_adapter(self.folders[int(name) % len(self.folders)], name, **self.options)
+        return model
 
     @torch.no_grad()
     def outputs(self, model: Callable[..., Any], inputs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -329,7 +337,7 @@ class Scene:
     def way(self, model: torch.nn.Module, swap: Callable, inputs: Any = None, expected: Sequence[Any] = ()) -> Way:
         """A way of swapping in ``model``, checked by its outputs for the given inputs, or for the scene's own."""
         expected = expected or self.expected
-        return Way(swap, lambda number: self.is_close(self.outputs(model, inputs), expected[number]))
+        return Way(swap, lambda number: self.is_close(self.outputs(model, inputs), expected[number]), model)
 
     def calling(self, expected: torch.Tensor, *model_and_inputs: Any, **options: Any) -> Way:
         """A way that only calls a model, and is checked by its outputs."""
@@ -398,6 +406,10 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
 
         return scene.way(model, swap)
 
+    def in_memory() -> Way:
+        model = scene.named("1234567")
+        return scene.way(model, lambda number: model.set_adapter(str(number or "default")))
+
     def from_source(model: PeftModel, swap: Callable, sources: Sequence = scene.folders, **options: object) -> Way:
         return scene.way(model, lambda number: swap(model, sources[number], "default", **options))
 
@@ -413,6 +425,7 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
     device = scene.settings.device
     return {
         "PEFT load + set + delete": load_and_delete,
+        "PEFT set_adapter, 8 in memory": in_memory,
         "PEFT hotswap, disk": lambda: from_source(scene.load(), PEFT.hotswap_adapter, torch_device=device),
         "PEFT hotswap, state dict": lambda: from_tensors(scene.load(), PEFT.hotswap_adapter_from_state_dict),
         "hotswap_lab, disk": lambda: from_source(scene.load(), hotswap_adapter),
@@ -433,9 +446,7 @@ ROWS, TOKENS = 8, (1, 32)
 def measure_rows(scene: Scene, rank: int) -> list[Measured]:
     """Time forward calls with eight adapters in a batch, and assigning another adapter to all eight rows."""
     names = [str(number) for number in range(ROWS)]
-    pool, named = scene.pool(names, rows=ROWS), scene.load()
-    for name in names:
-        named.load_adapter(scene.folders[int(name) % 2], name, **scene.options)
+    pool, named = scene.pool(names, rows=ROWS), scene.named(names)
     backend = pick_backend()
     found, expected = [], []
     for tokens in TOKENS:
@@ -556,7 +567,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
     --------
     >>> report = run(Settings(model="tiny", ranks=(2,), n=1))
     >>> len(report.rows), {row.state for row in report.rows}
-    (9, {'right'})
+    (10, {'right'})
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -601,7 +612,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = Report(machine(), settings, measure_starts(cold, say))
     else:
         report = run(settings, say)
-    print(report)
+    print(wrapped(report))
     if file:
         Path(file).write_text(report.to_json() + "\n", encoding="utf-8")
     return 0 if report.ok else 1

@@ -156,9 +156,9 @@ def refresh(path: Path, *, run: bool = True) -> None:
     print(f"{path.relative_to(ROOT)}: {len(text.encode()):,} bytes")
 
 
-def draw_race() -> None:
+def draw_first() -> None:
     """The picture of README as PNG, for pages that show no SVG: the package index, and previews of links."""
-    svg, png = (FOLDER / "pictures" / f"race.{kind}" for kind in ("svg", "png"))
+    svg, png = (FOLDER / "pictures" / f"first.{kind}" for kind in ("svg", "png"))
     ((data, _),) = _drawn([svg.read_text()]).values()
     png.write_bytes(base64.b64decode(data))
 
@@ -171,7 +171,7 @@ def main(wanted: list[str]) -> None:
         if not wanted or any(name in str(path) for name in wanted):
             refresh(path, run=run)
     if not wanted:
-        draw_race()
+        draw_first()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-import re
 import shutil
 import subprocess
 import time
 from types import SimpleNamespace
 
+import first
+import nbformat
 import pytest
-import race
 import torch
 from lengths import long
 
@@ -31,7 +32,12 @@ from hotswap_lab.bench import (
 )
 
 SMALL = dict(model="tiny", layers=1, ranks=(2,), n=1, threads=1)
-PEFTS = ("PEFT load + set + delete", "PEFT hotswap, disk", "PEFT hotswap, state dict")
+PEFTS = (
+    "PEFT load + set + delete",
+    "PEFT set_adapter, 8 in memory",
+    "PEFT hotswap, disk",
+    "PEFT hotswap, state dict",
+)
 PREPARED = ("hotswap_lab, disk, prepared", "hotswap_lab, state dict, prepared", "hotswap_lab, Adapter, prepared")
 WAYS = (*PEFTS, "hotswap_lab, disk", *PREPARED, "hotswap_lab, pool", MEMCPY)
 
@@ -44,8 +50,9 @@ def rows_of(found: dict) -> list[Measured]:
     return [Measured(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in found["rows"]]
 
 
-def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, capsys):
+def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, capsys, monkeypatch):
     """And text and JSON hold everything."""
+    monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "bench.json"
     before = torch.get_num_threads()
     options = f"--model tiny --rank 2 4 --n 2 --threads {before + 1} --json {file}".split()
@@ -56,10 +63,11 @@ def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, cap
     assert [(row.part.partition(":")[0], row.way) for row in rows] == [
         (f"rank {rank}", way) for rank in (2, 4) for way in WAYS
     ]
-    lines = printed.splitlines()
-    assert lines[0] == found["machine"]
-    assert all(word in lines[0] for word in ("cores", f"{before + 1} thread", "Python", "torch", "peft"))
-    assert lines[-1].startswith("waited for a core ")
+    lines, said = printed.splitlines(), " ".join(printed.split())
+    assert said.startswith(f"{found['machine']} Settings(")
+    assert all(word in found["machine"] for word in ("cores", f"{before + 1} thread", "Python", "torch", "peft"))
+    assert " waited for a core " in said
+    assert max(map(len, lines)) <= 80
     for row in rows:
         assert row.state == "right" or (row.way in PEFTS and row.state == "refused"), row
         (copy,) = (each.timing for each in rows if (each.part, each.way) == (row.part, MEMCPY))
@@ -198,33 +206,35 @@ def test_a_row_of_cold_starts_is_that_of_the_worst_process_and_says_why_one_fail
 def test_cold_starts(capsys):
     """Every way in processes of their own, as a user runs it."""
     assert main(["--cold", "1", "--threads", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "model='demo'" in lines[1]
-    for way, line in zip(bench.STARTS, lines[-len(bench.STARTS) :], strict=True):
-        assert line.startswith(f"{way}  ")
-        assert line.endswith(" 0 recompiles")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model='demo'" in said
+    for way, row in zip(bench.STARTS, said.partition(" x last line ")[2].split(" 0 recompiles"), strict=False):
+        assert row.strip().startswith(f"{way} ")
 
 
-# ---- the picture
+# ---- README's picture, its table, and chapter 05's
 
 
-def test_the_picture_and_the_table_of_readme_are_one_measurement():
-    measured = json.loads((race.FOLDER / "bench.json").read_text())
-    rows = rows_of(measured)
-    assert {row.state for row in rows} == {"right"}
-    for name, form in race.FORMS.items():
-        assert (race.FOLDER / f"{name}.svg").read_text() == race.drawn(measured, *form).svg + "\n", name
-    readme = (race.FOLDER.parents[1] / "README.md").read_text()
-    medians = {row.way: 1000 * row.timing.median for row in reversed(rows)}  # those of the first rank
-    ours, pool, theirs = (medians[way] for way in ("hotswap_lab, disk", "hotswap_lab, pool", "PEFT hotswap, disk"))
-    assert (
-        f"in {ours:.1f} ms from disk or {pool:.1f} ms from a pool in memory (PEFT's own hotswap takes {theirs:.0f}"
-        in readme
-    )
-    table = re.search(r"^\| one swap \|.*\n\|.*\n((?:\|.*\n)+)", readme, re.MULTILINE).group(1)
-    ways = ["PEFT load + set + delete", "PEFT hotswap, disk", "hotswap_lab, disk", "hotswap_lab, disk, prepared"]
-    for way, line in zip([*ways, "hotswap_lab, pool", MEMCPY], table.splitlines(), strict=True):
-        shown = re.findall(r"([\d.]+) ms", line)
-        medians = [1000 * row.timing.median for row in rows if row.way == way]
-        decimals = [len(each.partition(".")[2]) for each in shown]
-        assert shown == [f"{each:.{places}f}" for each, places in zip(medians, decimals, strict=True)], way
+def test_the_picture_readme_and_chapter_05_are_one_measurement():
+    """And what is said of it is so."""
+    measured = json.loads((first.FOLDER / "first.json").read_text(encoding="utf-8"))
+    for name, form in first.FORMS.items():
+        svg = first.drawn(measured, *form).svg + "\n"
+        assert (first.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == svg, name
+    readme, text = first.README.read_text(encoding="utf-8"), first.text_of_chapter(measured)
+    assert first.with_times(readme, measured) == readme
+    assert f".py -->\n{first.table_of_readme(measured)}\n<!-- end of times -->" in readme
+    assert first.described(measured) in readme
+    assert first.TEXT.read_text(encoding="utf-8") == text
+    chapter = nbformat.read(first.CHAPTER, as_version=4)
+    assert first.with_output(copy.deepcopy(chapter), text) == chapter
+    ways = {way: row["swap"]["median"] for way, row in measured["ways"].items()}
+    disk, pool = (first.readable(ways[f"hotswap_lab, {each}"]) for each in ("disk", "pool"))
+    assert f"On SmolLM2-135M it takes {disk} from disk, {pool} from memory (CPU;" in readme
+    assert f"is about {first.share_of(measured)}% of a model" in readme
+    assert measured["recompiles"] == 0
+    assert [measured["voices"][0]["answer"].startswith('{"topic": "Paris"'), len(measured["voices"])] == [True, 3]
+    # the text of both
+    assert min(ways, key=ways.get) in ("hotswap_lab, pool", MEMCPY)
+    for row in measured["ways"].values():
+        assert row["first_token"]["minimum"] > 10 * measured["ways"]["hotswap_lab, pool"]["swap"]["minimum"]

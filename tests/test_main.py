@@ -31,6 +31,12 @@ from hotswap_lab.lessons import tour
 BASE = str(demo.BASE_DIR)
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """As wide as most."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 @pytest.mark.long
 def test_the_tour():
     command = [sys.executable, "-m", "hotswap_lab", "--word", "banana", "--repeats", "2"]
@@ -160,7 +166,13 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
         assert found["nbytes"] == expected.nbytes
         assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
-        assert ["to `hotswap-lab verify`" in each["next_step"] for each in found["refusals"]] == [True] * code
+        assert ["plan B A instead" in each["next_step"] for each in found["refusals"]] == [True] * code
+        # as wide as a terminal, what goes on below is indented, and nothing names what Python alone has
+        assert main(["plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second)]) == code
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert not code or re.search(r"\n  found:    .*\n {12}model", "\n".join(lines))
+        assert "add_layers" not in "".join(lines)
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -195,9 +207,9 @@ def test_a_base_that_is_no_model(capsys, tmp_path):
     no_class, unknown = (tmp_path / "alone", "names no class"), (demo.ADAPTERS_DIR, "Unrecognized model")
     for base, reason in ((tmp_path, "no attribute Unknown"), no_class, unknown):
         assert main(["plan", str(base), *(demo.adapter_path(name) for name in ("reverse", "sort"))]) == 1
-        lines = capsys.readouterr().err.splitlines()
-        assert [each.split()[0] for each in lines] == ["The", "found:", "expected:", "next:"]
-        assert reason in lines[1]
+        _, found = re.split("  found: ", " ".join(capsys.readouterr().err.splitlines()))
+        assert reason in " ".join(found.partition("  expected: ")[0].split())
+        assert re.search("  expected: .*  next: ", found)
 
 
 @pytest.mark.parametrize("command", ["plan", "verify", "mix"])
@@ -236,7 +248,11 @@ def test_verify(capsys):
     first, second, fewer = (demo.adapter_path(name) for name in ("reverse", "pig_latin", "caesar"))
     assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
     assert main(["verify", BASE, fewer, second]) == 1
-    assert "next:     pass --add-layers to `hotswap-lab verify` to add them" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "next: pass --add-layers to add them, or name the adapter with the most layers first, as A" in " ".join(
+        error.split()
+    )
+    assert max(map(len, error.splitlines())) <= 80
     assert told(capsys, "verify", BASE, fewer, second, "--add-layers")[1]["ok"] is True
 
 

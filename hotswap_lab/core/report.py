@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+import re
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -16,6 +19,18 @@ def readable_bytes(count: int) -> str:
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def wrapped(text: object, width: int | None = None) -> str:
+    """A report as wide as the terminal. A long line goes on below where its own text begins.
+
+    >>> print(wrapped("  next:     load the adapter that targets the most layers", width=40))
+      next:     load the adapter that
+                targets the most layers
+    """
+    how = dict(width=width or shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    starts = ((line, " " * len(re.match(" *([a-z]+: +)?", line)[0])) for line in str(text).splitlines())
+    return "\n".join(textwrap.fill(line, subsequent_indent=start, **how) for line, start in starts)
 
 
 def html_table(

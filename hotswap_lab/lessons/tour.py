@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import textwrap
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from .. import demo
 from ..bench import Measured, Scene, Settings, machine, ways_of
+from ..core.report import wrapped
 from ..swap import hotswap_adapter
 
 #: the adapter that is loaded first: it has every layer, so every other adapter can replace it
@@ -40,8 +40,8 @@ def tour(word: str = "hotswap", repeats: int = 15, threads: int = 1) -> dict[str
     """Print it line by line. Returns what it found; ``ok`` is whether each of our swaps was right."""
     torch.set_num_threads(threads)
     print(f"One live model, {len(demo.adapter_names())} adapters. Each takes the place of the loaded one.\n")
-    print(LINE.format("", "", "", "ms:", "PEFT's", "PEFT load,"))
-    print(LINE.format("adapter", "answer", "right", "ours", "hotswap", "set, delete"))
+    print(LINE.format("", "", "", "ours", "PEFT hotswap", "PEFT reload"))
+    print(LINE.format("adapter", "answer", "right", "ms", "ms x ours", "ms x ours"))
     print(LINE.format("(base)", demo.ask(demo.load_base(), demo.load_tokenizer(), word), "", "", "", "").rstrip())
     found: dict[str, Any] = {}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -54,12 +54,9 @@ def tour(word: str = "hotswap", repeats: int = 15, threads: int = 1) -> dict[str
             found[name] = {"answer": answer, "rows": [asdict(each) for each in rows]}
             print(LINE.format(name, answer, str(is_right), *(shown(each, rows[0]) for each in rows)), flush=True)
     states = {name: [row["state"] for row in each["rows"]] for name, each in found.items()}
-    refusals = {name: each["rows"][1]["note"] for name, each in found.items() if each["rows"][1]["note"]}
-    notes = [f"Times: from {FIRST} to this adapter, from disk, median of {repeats}"]
+    notes = [f"Times: from {FIRST} to this adapter, from disk, median of {repeats}. PEFT reload: load, set, delete"]
     if any("wrong" in each for each in states.values()):
         notes.append("wrong: no error, but other outputs than a fresh load")
-    notes += [f"PEFT hotswap refuses {name}: {refusal}" for name, refusal in refusals.items()]
-    print()
-    for note in [*notes, machine()]:
-        print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False))
+    notes += [f"PEFT hotswap refuses {name}: {why}" for name, each in found.items() if (why := each["rows"][1]["note"])]
+    print("", *map(wrapped, [*notes, machine()]), sep="\n")
     return {"ok": all(each[0] == "right" for each in states.values()), "adapters": found}

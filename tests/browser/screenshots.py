@@ -1,6 +1,6 @@
 """Pictures of the widgets in JupyterLab: python tests/browser/screenshots.py FOLDER
 
-In the light and the dark theme and as wide as a phone. The folder is not committed; README shows copies of a few.
+In the light and the dark theme and as wide as a phone. The folder is not committed.
 """
 
 from __future__ import annotations
