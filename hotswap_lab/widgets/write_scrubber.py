@@ -90,6 +90,7 @@ class WriteScrubber(WorkingView):
             for tensor, was, will in zip(self._slot.tensors, *self._ends, strict=True):
                 _by_row(tensor).copy_(torch.cat([will[:step], was[step:]]))
             answer = self.answers[step] = demo.ask(self.model, self._tokenizer, self.word)
+            self._seen = self._now()
         #: what became of the requests at this step
         self.arrived: dict[str, str] = {}
         (old, new), self.step = self.names, step
@@ -107,6 +108,7 @@ class WriteScrubber(WorkingView):
 
         known = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer}
         exec(self._lines_run[how], known | {"ask": ask, "load": demo.load})  # what is shown is what is measured
+        self._seen = self._now()
         self.arrived = self.arrived | {how: REQUESTS[how][1].format(*found)}
 
     # ---- picture and controls
@@ -118,7 +120,7 @@ class WriteScrubber(WorkingView):
         return canvas.figure(str(self))
 
     def _inside(self) -> str:
-        look = f"data-note='{escape(getattr(self, '_note', ''))}' style='display:flex;flex-wrap:wrap'"
+        look = f"data-note='{escape(self._note)}' style='display:flex;flex-wrap:wrap'"
         return f"<div class='hotswap-picture' {look}>{self._picture()}</div>"
 
     def _picture(self) -> str:

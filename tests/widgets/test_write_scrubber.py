@@ -107,3 +107,13 @@ def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers(view):
     for step in (-1, 34, 1.5):
         with pytest.raises(ValueError, match="0 to 33"):
             view.go(step)
+
+
+def test_a_swap_by_other_code_makes_it_gray(view):
+    view.go(6)
+    assert not view._note
+    assert "changed since" not in view.to_html()
+    view.pool.swap("pig_latin")
+    assert "changed since" in view.to_html()
+    view.go(6)
+    assert not view._note
