@@ -65,6 +65,8 @@ class Guards(WorkingView):
     """
 
     title = "Guards: what a graph was compiled for"
+    #: the adapter that was swapped in last
+    active: str | None
 
     def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
         self.adapters: Mapping[str, object] = adapters

@@ -99,7 +99,8 @@ class SwapPanel(WorkingView):
         #: the text in the prompt box
         self.prompt, self.run_on_swap = prompt, run_on_swap
         #: the last answer, and the one to compare it with
-        self.answer = self.pinned = None
+        self.answer: Run | None = None
+        self.pinned: Run | None = None
         self.map: WeightMap = WeightMap(self._switch)
 
     @classmethod

@@ -51,7 +51,7 @@ class ModelSwitch:
     @property
     def active(self) -> str | None:
         source, last, config = self._base.get(SWITCHED, {}).get(self.adapter_name) or (None, None, None)
-        names = [name for name, each in self.adapters.items() if _key(each) == _key(source)]
+        names = [name for name, own in self.adapters.items() if own is source or (type(own) is str and own == source)]
         is_in = names and config is config_of(self) and strength_of(self) != 0
         return None if not is_in else last if last in names else names[0]
 
@@ -72,10 +72,6 @@ class ModelSwitch:
 
     def off(self) -> None:
         self.strength = 0
-
-
-def _key(source: object) -> object:
-    return source if isinstance(source, str) else id(source)
 
 
 def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:

@@ -124,12 +124,16 @@ def test_two_of_each_show_a_change_by_whomever(quick, what):
 def test_two_panels_of_a_model_without_a_pool_have_one_name_for_what_is_in_it():
     model, _ = demo.load("reverse")
     shout = Adapter.load(SHOUT)
-    sources = [folders("sort") | {"loud": shout, "same": SHOUT}, folders("sort") | {"mine": shout}, {"sort": SHOUT}]
+    sources = [
+        folders("sort") | {"loud": shout, "same": SHOUT, "twin": SHOUT},
+        folders("sort") | {"mine": shout},
+        {"sort": SHOUT},
+    ]
     panels = [SwapPanel(model, str.upper, adapters=each, prompt=WORD) for each in sources]
     for name, says in (
         ("sort", ["sort", "sort", None]),
         ("loud", ["loud", "mine", None]),
-        ("same", ["same", None, "sort"]),
+        ("twin", ["twin", None, "sort"]),
     ):
         panels[0].active = name
         assert [panel.active for panel in panels] == says
@@ -261,6 +265,8 @@ def test_one_that_is_not_shown_or_was_closed_costs_nothing_and_none_is_kept(quic
             each._refresh_box()
         await asyncio.sleep(0.05)
         counts = [len(each._threads) for each in (hidden, closed)]
+        await asyncio.sleep(0.05)
+        assert [len(each._threads) for each in (hidden, closed)] == counts  # nothing has changed
         assert len([each for each in loop._scheduled if not each.cancelled()]) >= 2
         closed.box.close()
         gone, each = weakref.ref(gone), None
