@@ -89,11 +89,14 @@ def by_row(before: str, after: str) -> Iterator[torch.nn.Module]:
     model, _ = prepared(before)
     tensors = hotswap_lab.resolve_slot(model, "default").tensors
     rows = [each.memory.detach().movedim(each.rank_axis, 0) for each in tensors]
-    new = hotswap_lab.resolve_slot(prepared(after)[0], "default").tensors
+    # there and back, since a layer that an adapter lacks keeps the scaling of the one before
+    hotswap_lab.hotswap_adapter(model, demo.adapter_path(after), "default")
+    new = [each.clone() for each in rows]
+    hotswap_lab.hotswap_adapter(model, demo.adapter_path(before), "default")
     yield model
     for step in range(ROOM):
         for row, other in zip(rows, new, strict=True):
-            row[step : step + 1] = other.memory.detach().movedim(other.rank_axis, 0)[step : step + 1]
+            row[step : step + 1] = other[step : step + 1]
         yield model
     hotswap_lab.hotswap_adapter(model, demo.adapter_path(after), "default")
     yield model
