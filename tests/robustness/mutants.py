@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 #: the code, and the tests next to it
 NEAR = {
     "hotswap_lab/core/wrappers.py": "tests/beyond",  # which they are for
-    "hotswap_lab/core/checks.py": "tests/beyond",  # where its tests have a config of each method
+    "hotswap_lab/core/checks.py": "tests/beyond",  # where tests have a config of each method
+    "hotswap_lab/core/settings.py": "tests/beyond",
     "hotswap_lab/core": "tests/core",
     "hotswap_lab/pools": "tests/pools",
     "hotswap_lab/files": "tests/files",
