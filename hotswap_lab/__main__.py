@@ -8,8 +8,9 @@ hotswap-lab mix BASE A:0.7 B:0.3 --out C   save an exact mix as an adapter that 
 hotswap-lab serve BASE FOLDER              OpenAI's API in front of a folder of adapters, in this process
 hotswap-lab bench                          times of each way of swapping
 
-BASE, ADAPTER, A and B are folders or Hub ids. Each takes --json: what was found is printed as JSON, all else to stderr.
-Exit codes: 0 fine; 1 refused, or different from a fresh load; 2 wrong use.
+BASE, ADAPTER, A and B are folders or Hub ids. Each takes --json: one JSON document is printed, of what was found or of
+the error, and all else to stderr. Exit codes: 0 fine; 1 refused, or different from a fresh load; 2 wrong use; 3 not
+decided, as a plan that needs the base's weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ IN_PLAN = {ADD: "plan B A instead, the adapter with the most layers first; or `h
 
 
 class Told(dict[str, Any]):
-    """What a command found, for ``--json``, and as text. The exit code is 1 where ``ok`` is False."""
+    """What a command found, for ``--json``, and as text. ``ok`` is None where nothing was decided."""
 
     def __init__(self, text: object, **found: Any):
         super().__init__(found)
@@ -84,7 +85,7 @@ def plan(base: str, a: str, b: str) -> Told:
             needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
         if needs:
             found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
-            return Told(wrapped(found), ok=None)
+            return Told(wrapped(found), ok=None, needs=needs)
     with torch.device("meta"):
         model = _with_adapter(model, a, lambda model, _: get_peft_model(model, configs[0]))
     for path, parameter in list(model.named_parameters()):
@@ -168,7 +169,7 @@ def tour(word: str, repeats: int, threads: int) -> Told:
     return Told("", **run(word, repeats, threads))
 
 
-def serve(base: str | None, adapters: str, host: str, port: int, arguments: list[str]) -> Told:
+def serve(base: str | None, adapters: str, host: str, port: int, arguments: list[tuple[str, str]]) -> Told:
     """OpenAI's API in front of a folder of adapters, in this process, until Ctrl-C."""
     import asyncio
 
@@ -176,7 +177,7 @@ def serve(base: str | None, adapters: str, host: str, port: int, arguments: list
 
     given = {"base": base, "adapters": adapters} if base else {}
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(given | dict(each.split("=", 1) for each in arguments), host, port))
+        asyncio.run(run(given | dict(arguments), host, port))
     return Told("", ok=True)
 
 
@@ -187,16 +188,28 @@ def known(word: str) -> str:
     return word
 
 
+def path(text: str) -> str:
+    """A folder or a Hub id; an empty one is that of a variable of the shell that isn't set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return text
+
+
 def unused(folder: str) -> str:
     """A folder to save in: nothing that is there already is replaced."""
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+    if os.path.exists(path(folder)) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise argparse.ArgumentTypeError(f"{folder} exists already: must be a new or an empty folder")
     return folder
 
 
 def weighted(text: str) -> tuple[str, float]:
-    path, _, weight = text.rpartition(":")
-    return path, float(weight)
+    adapter, _, weight = text.rpartition(":")
+    return path(adapter), float(weight)
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, value = text.split("=", 1)  # a ValueError of it is wrong use
+    return name, value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         added.set_defaults(run=run)
         for name in names:
-            added.add_argument(name)
+            added.add_argument(name, type=path)
         added.add_argument("--json", action="store_true", help="print what was found as JSON, all else to stderr")
         return added.add_argument
 
@@ -228,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     how = "python -m hotswap_lab.serving --help"
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how)
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how, type=pair, action="extend")
     commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")
     return parser
 
@@ -236,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given and given[:1] != ["bench"]
     try:
         if given[:1] == ["bench"]:
             from .bench import main as bench
@@ -245,18 +259,31 @@ def main(arguments: list[str] | None = None) -> int:
         if not given or (given[0].startswith("--") and given[0] != "--help"):
             given = ["tour", *given]
         options = vars(_parser().parse_args(given))
-        run, as_json, _ = (options.pop(each) for each in ("run", "json", "command"))
+        run, *_ = (options.pop(each) for each in ("run", "json", "command"))
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)
-        print(json.dumps(told, indent=2, default=str) if as_json else told.text, flush=True)
+        print(_as_json(told) if as_json else told.text, flush=True)
     except BrokenPipeError:  # such as `head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         return 0
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
-        print(wrapped(advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error), file=sys.stderr)
+        advised = advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error
+        if as_json:
+            print(_as_json({"ok": False, "error": str(advised)}))
+        print(wrapped(advised), file=sys.stderr)
         return 1
-    return int(told.get("ok") is False)
+    except SystemExit as error:
+        if as_json and error.code == 2:
+            print(_as_json({"ok": False, "error": "wrong use, as stderr says"}))
+        raise
+    return {False: 1, None: 3}.get(told.get("ok", True), 0)
+
+
+def _as_json(told: dict[str, Any]) -> str:
+    """As one JSON document: JSON has no NaN and no infinity, which are null."""
+    plain = json.loads(json.dumps(told, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=2)
 
 
 if __name__ == "__main__":

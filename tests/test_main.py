@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import main
+from hotswap_lab.__main__ import Told, main
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.lessons import tour
 
@@ -119,6 +119,51 @@ def test_the_commands_say_what_they_take(capsys):
         main(["mix", BASE, "no weight", "--out", "folder"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["show", "/nowhere"], 1, "Can't find 'adapter_config.json'"),
+        (["plan", BASE, "/nowhere", "/nowhere"], 1, "Can't find 'adapter_config.json'"),
+        (["verify", "/nowhere", demo.adapter_path("sort"), demo.adapter_path("sort")], 1, "base model can't be read"),
+        (["show", ""], 2, "an empty path"),
+        (["mix", BASE, f"{demo.adapter_path('sort')}:1", "--out", ""], 2, "an empty path"),
+        (["mix", BASE, ":1", "--out", "folder"], 2, "an empty path"),
+        (["serve", "--set", "rows"], 2, "invalid pair value: 'rows'"),
+        (["nothing"], 2, "invalid choice"),
+    ],
+)
+def test_each_error_is_one_json_document_too(capsys, monkeypatch, tmp_path, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = main([*arguments, "--json"])
+    except SystemExit as error:
+        found = error.code
+    printed = capsys.readouterr()
+    assert (found, json.loads(printed.out)["ok"]) == (code, False)
+    assert said in " ".join(printed.err.split())
+    assert code == 2 or said in json.loads(printed.out)["error"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_has_no_nan(capsys, monkeypatch):
+    def show(adapter):
+        return Told("", ok=True, size=float("nan"))
+
+    monkeypatch.setattr("hotswap_lab.__main__.show", show)
+    assert told(capsys, "show", demo.adapter_path("sort")) == (0, {"ok": True, "size": None})
+
+
+def test_set_may_be_given_twice(monkeypatch):
+    given = []
+
+    async def run(args, host, port):
+        given.append(args)
+
+    monkeypatch.setattr("hotswap_lab.serving.one_process.run", run)
+    assert main(["serve", "--set", "rows=4", "--set", "held=8", "token=a=b"]) == 0
+    assert given == [{"rows": "4", "held": "8", "token": "a=b"}]
+
+
 def test_show(capsys):
     assert main(["show", "/nowhere"]) == 1
     assert "no folder '/nowhere' here" in capsys.readouterr().err
@@ -181,9 +226,9 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
     for name, value in (("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")):
         others[name] = models.save_random_adapter(kind, tmp_path / name, 0, r=4, **{name: value})
     for name, each in others.items():
-        assert main(["plan", BASE, demo.adapter_path("reverse"), each]) == 0
+        assert main(["plan", BASE, demo.adapter_path("reverse"), each]) == 3
         assert f"weights: {name};" in capsys.readouterr().out
-        assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (0, {"ok": None})
+        assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (3, {"ok": None, "needs": [name]})
 
 
 def test_base_weights_in_a_file(capsys, tmp_path):
@@ -191,9 +236,9 @@ def test_base_weights_in_a_file(capsys, tmp_path):
     reverse, kind = demo.adapter_path("reverse"), models.Kind(demo.load_base, dict, ("q_proj",))
     changed = with_base_weights(reverse, tmp_path / "changed", kind, "model.norm.weight")
     for first, second in ((changed, reverse), (reverse, changed)):
-        assert told(capsys, "plan", BASE, first, second) == (0, {"ok": None})
+        assert told(capsys, "plan", BASE, first, second) == (3, {"ok": None, "needs": ["model.norm.weight"]})
         assert told(capsys, "verify", BASE, first, second)[1]["ok"] is True
-    assert main(["plan", BASE, changed, reverse]) == 0
+    assert main(["plan", BASE, changed, reverse]) == 3
     assert "weights: model.norm.weight;" in capsys.readouterr().out
     assert main(["mix", BASE, f"{changed}:1", f"{reverse}:1", "--out", str(tmp_path / "mix")]) == 1
     assert "comes with other base weights" in capsys.readouterr().err

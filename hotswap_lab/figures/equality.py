@@ -1,7 +1,5 @@
 """A picture of a comparison with a fresh load: a tile for each layer, gray where it is equal."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections import Counter

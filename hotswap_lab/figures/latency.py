@@ -1,7 +1,5 @@
 """A picture of calls over time: how long each took, and which of them compiled."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Small images with few colors, as PNG, for pictures whose parts are too many for shapes."""
 
-from __future__ import annotations
-
 import base64
 import struct
 import zlib

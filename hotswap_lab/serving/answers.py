@@ -1,7 +1,5 @@
 """A request to a replica, its answer on the way, and the pieces in which that is sent."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence

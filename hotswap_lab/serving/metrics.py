@@ -1,7 +1,5 @@
 """What a server tells Prometheus at ``/metrics``: its requests as they were answered, and the state of its replicas."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

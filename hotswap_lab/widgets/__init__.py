@@ -27,8 +27,6 @@ Files: ``view`` (the base class), ``work`` (the base class of widgets with long 
 ``results`` (an answer as text and HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
-from __future__ import annotations
-
 from .guards import Guards
 from .row_panel import RowPanel
 from .swap_panel import SwapPanel

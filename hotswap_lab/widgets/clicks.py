@@ -5,8 +5,6 @@ delivers each to the thread that last sent something to the clicked control inst
 that was a cell, the main thread gets the click when the computing cell has ended, after clicks that were made later.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from datetime import datetime

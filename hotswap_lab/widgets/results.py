@@ -1,7 +1,5 @@
 """The result of a run, text, an image or whatever else Jupyter shows, as text and HTML."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from ..figures.palette import INK, light

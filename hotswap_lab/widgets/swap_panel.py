@@ -1,7 +1,5 @@
 """SwapPanel: choose an adapter and its strength, run a prompt, and see the answer and what changed in the model."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Swaps by name in a pool, or in a model with the folders of its adapters: all that widgets need for swapping."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

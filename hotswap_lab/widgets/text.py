@@ -1,7 +1,5 @@
 """Streams a language model's answers token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """WriteScrubber: a swap stopped at any of its steps: the memory, the model's answer, and what a request would get."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial
