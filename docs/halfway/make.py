@@ -42,7 +42,7 @@ DAMAGED = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
 
 #: what the page prints, and what ran
 CODE = {
-    "rows": """# model: prepared, with {before}; other: the same, with {after}
+    "rows": """# model: prepared, was {after}, is {before}; other: the same, with {after}
 for layer, new in zip(layers(model), layers(other)):
     layer.lora_A["default"].weight.data[:{step}] = new.lora_A["default"].weight[:{step}]
     layer.lora_B["default"].weight.data[:, :{step}] = new.lora_B["default"].weight[:, :{step}]
@@ -103,6 +103,9 @@ def by_layer(before: str, after: str) -> Iterator[torch.nn.Module]:
 def stepwise(order: str, before: str, after: str, last: int) -> Iterator[torch.nn.Module]:
     (model, _), (other, _) = prepared(before), prepared(after)
     loop = CODE[order].partition("\ndemo")[0]
+    if order == "rows":  # there and back, since a layer that an adapter lacks keeps the scaling of the one before
+        for name in (after, before):
+            hotswap_lab.hotswap_adapter(model, demo.adapter_path(name), "default")
     yield model
     for step in range(1, last + 1):
         with torch.no_grad():
