@@ -201,6 +201,8 @@ def test_what_the_page_says_of_the_base_and_of_sizes(halfway):
         weight = halfway.layers(halfway.prepared(name)[0])[0].lora_A["default"].weight
         assert weight.any(1).tolist() == [row < rank for row in range(32)]
     assert HALFWAY["pairs"][0]["rows"][halfway.OPENS][0] == "hotswap"
+    chapter = text_of(ROOT / "notebooks" / "02_rank_padding.ipynb")
+    assert "The room costs memory and time at every call" in chapter
     assert len(HALFWAY["layers"]) == len(halfway.layers(base)) == 28
 
 

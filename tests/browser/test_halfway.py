@@ -84,10 +84,8 @@ def test_the_answer_is_hidden_until_the_guess(opened, guess, key):
     button.press(key) if key else button.click()
     expect(answer).to_have_text("hotswap")
     feedback = part.get_by_role("group", name="Guess first").get_by_role("status")
-    expect(feedback).to_contain_text(
-        "Right: at step 6 it answers hotswap." if right else f"At step 6 it answers hotswap, not {guess}."
-    )
-    expect(feedback).to_contain_text("Neither adapter's, and no error")
+    expect(feedback).to_contain_text("Right, at step 6: hotswap." if right else f"At step 6: hotswap, not {guess}.")
+    expect(feedback).to_contain_text("Neither adapter's; no error.")
     expect(part.get_by_role("slider")).to_be_focused()  # and not on a button that is off now
     for each in buttons.all():
         expect(each).to_be_disabled()
@@ -247,7 +245,7 @@ RESULTS = {
         "room for 32",
         [
             "every guard holds",
-            "Same shape, same address, a tensor",
+            "Same shape, same address",
             f"0 recompiles: the next call took {DATA['measured']['with']['seconds'] * 1000:g}\xa0ms",
         ],
     ),
@@ -341,7 +339,8 @@ def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
         expect(part.locator(".halfway-answer")).to_have_text(longest)
         assert part.evaluate(PLACES) == before, longest
         assert part.evaluate(CUT) == []
-    texts = ".halfway-verdict, .halfway-answer, .halfway-wrong, .halfway-right, .part-small, figcaption, code"
+    texts = ".halfway-note, .halfway-yes, .halfway-no"
+    texts += ", .halfway-verdict, .halfway-answer, .halfway-wrong, .halfway-right, .part-small, figcaption, code"
     for text in part.locator(texts).all():
         assert contrast(*text.evaluate(COLORS)) >= 4.5, text.text_content()
     assert not page.evaluate(TOO_WIDE)
