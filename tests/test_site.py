@@ -180,6 +180,9 @@ def test_the_answer_at_each_step_is_that_of_the_live_model(halfway, number):
         ):
             for word, *both in zip(words, stored, demo.ask_all(model, tokenizer, words), strict=True):
                 assert both[0] == both[1] or gap(model, tokenizer, word, *both) < 1e-3, (order, at, word, *both)
+        ends = model, halfway.prepared(pair["after"])[0]
+        was, fresh = ([float(layer.scaling["default"]) for layer in halfway.layers(each)] for each in ends)
+        assert was == fresh, order
         # with room, the answers are those without; at the end, those of a fresh load
         assert [pair[order][0], pair[order][-1]] == [each["answers"] for each in own.values()]
     assert len(addresses) == 2  # those of one model, and of another
