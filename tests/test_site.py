@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ import hotswap_lab
 import hotswap_lab.widgets
 from hotswap_lab import demo
 from hotswap_lab.serving import api
+from hotswap_lab.widgets import WriteScrubber
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -178,14 +180,16 @@ def test_the_answer_at_each_step_is_that_of_the_live_model(halfway, number):
         ):
             for word, *both in zip(words, stored, demo.ask_all(model, tokenizer, words), strict=True):
                 assert both[0] == both[1] or gap(model, tokenizer, word, *both) < 1e-3, (order, at, word, *both)
+        ends = model, halfway.prepared(pair["after"])[0]
+        was, fresh = ([float(layer.scaling["default"]) for layer in halfway.layers(each)] for each in ends)
+        assert was == fresh, order
         # with room, the answers are those without; at the end, those of a fresh load
         assert [pair[order][0], pair[order][-1]] == [each["answers"] for each in own.values()]
     assert len(addresses) == 2  # those of one model, and of another
     assert shapes == {(32, 128)}
-    step = {"Tensor": torch.Tensor}
-    code = halfway.CODE["rows"].format(**pair, word=words[0], step=halfway.OPENS)
-    exec(code.replace("\nview.answer", "\nanswer = view.answer"), step)
-    assert step["answer"] == pair["rows"][halfway.OPENS][0]
+    called = re.search("WriteScrubber.*", halfway.CODE["rows"])[0].format(**pair, word=words[0])
+    view = eval(called, {"WriteScrubber": WriteScrubber})
+    assert view.answers[halfway.OPENS] == pair["rows"][halfway.OPENS][0]
 
 
 def test_what_the_page_says_of_the_base_and_of_sizes(halfway):
@@ -200,6 +204,33 @@ def test_what_the_page_says_of_the_base_and_of_sizes(halfway):
         weight = halfway.layers(halfway.prepared(name)[0])[0].lora_A["default"].weight
         assert weight.any(1).tolist() == [row < rank for row in range(32)]
     assert HALFWAY["pairs"][0]["rows"][halfway.OPENS][0] == "hotswap"
+    chapter = text_of(ROOT / "notebooks" / "02_rank_padding.ipynb")
+    assert "The room costs memory and time at every call" in chapter
+    assert len(HALFWAY["layers"]) == len(halfway.layers(base)) == 28
+
+
+def test_the_shape_and_the_scaling_each_fail_a_guard_unless_the_model_is_prepared(halfway):
+    for what, room in product(("shape", "scaling"), (0, halfway.ROOM)):
+        torch.compiler.reset()
+        model = demo.load("reverse")[0]
+        if room:
+            hotswap_lab.prepare_model_for_compiled_hotswap(model, target_rank=room)
+        layer, other = (halfway.layers(each)[0] for each in (model, demo.load("pig_latin")[0]))
+        assert layer.scaling["default"] != other.scaling["default"]
+        compiled, inputs = torch.compile(layer, backend="eager"), torch.ones(1, 3, 128)
+        if what == "shape":  # the scaling is pig_latin's from the start
+            layer.scaling["default"] = other.scaling["default"]
+        with torch.no_grad(), hotswap_lab.RecompileWatch() as watch:
+            compiled(inputs)
+            if what == "scaling":
+                layer.scaling["default"] = other.scaling["default"]
+            else:
+                hotswap_lab.hotswap_adapter(model, demo.adapter_path("pig_latin"), "default")
+            compiled(inputs)
+        assert watch.recompiles == (not room), watch.reasons
+        if not room:
+            assert ("scaling" in watch.reasons[0]) == (what == "scaling")
+            assert "another shape" in watch.reasons[0] or what == "scaling"
 
 
 @pytest.mark.parametrize("what", ["loop", "refused"])

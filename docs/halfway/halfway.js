@@ -20,22 +20,25 @@ for (const page of document.querySelectorAll(".halfway")) {
     const values = {
       before: pair.before, after: pair.after, old: old.answers[at], new: fresh.answers[at], word: words[at], step, last,
       answer: steps[step], ...measured.waits[form.pair.value], shape: sizes.shape.join(" × "),
-      how: kind in { base: 0, neither: 0 } ? TEXTS.wrong : "", changed: damage.loop.changed, all: damage.all,
+      times: sizes.weight / sizes.rows, layers: layers.length, changed: damage.loop.changed, all: damage.all,
       loop: damage.loop.answers[at], refused: damage.refused.answers[at],
     }
     const verdict = step === 0 ? "start" : step === last ? "end" : { before: "old", after: "new" }[kind] ?? kind
-    const row = (at, rank, other) => at < step ? (at < other ? "after" : "room") : at < rank ? "before" : "room"
+    values.how = fill(TEXTS[`gets_${step === last ? "end" : kind in { before: 0, after: 0 } ? kind : "neither"}`], values)
+    const row = (at, rank, other) => at < step ? (at < other ? "after" : "room done") : at < rank ? "before" : "room"
     const each = order === "rows"
       ? [...Array(room).keys()].map(at => row(at, old.ranks[0], fresh.ranks[0])).concat(step > room ? "after" : "before")
-      : layers.map((_, at) => (at < step ? (fresh.ranks[at] ? "after" : "room") : old.ranks[at] ? "before" : "room"))
-    return { values, order, steps, whose, kind, each, verdict: fill(TEXTS[verdict], values) }
+      : layers.map((_, at) => row(at, old.ranks[at] && layers.length, fresh.ranks[at] && layers.length))
+    const own = Object.fromEntries([["before", old], ["after", fresh]].map(([name, { ranks }]) =>
+      [name, order === "rows" ? ranks[0] : ranks.filter(rank => rank).length]))
+    return { values, own, order, steps, whose, kind, each, verdict: fill(TEXTS[verdict], values) }
   }
 
   const cells = names => names.map(name => `<i class="${name}"></i>`).join("")
 
   function draw() {
-    const { values, order, steps, whose, kind, each, verdict } = state()
-    const counted = order === "rows" ? each.slice(0, room) : each
+    const { values, own, order, steps, whose, kind, each, verdict } = state()
+    const count = name => (order === "rows" ? each.slice(0, room) : each).filter(one => one === name).length
     for (const name of ["before", "after"]) page.style.setProperty(`--${name}`, COLORS[values[name]])
     bars.innerHTML = cells(each)
     bars.classList.toggle("halfway-layers", order === "layers")
@@ -48,12 +51,11 @@ for (const page of document.querySelectorAll(".halfway")) {
     find(".halfway-answer").className = `halfway-answer ${revealed ? kind : ""} ${values.answer.length > 18 ? "halfway-long" : ""}`
     values.short = values.answer.length > 18 ? `${values.answer.slice(0, 17)}…` : values.answer
     const texts = { ...values, verdict: revealed ? verdict : fill(TEXTS.hidden, values) }
-    for (const kind of ["after", "before", "room"]) {
-      const text = TEXTS[`${kind === "room" ? "room" : "bar"}_${order}`], rows = counted.filter(one => one === kind).length
-      texts[`count_${kind}`] = fill(text, { rows, name: values[kind] })
-    }
+    for (const kind of ["after", "before"])
+      texts[`count_${kind}`] = fill(TEXTS[`bar_${order}`], { rows: count(kind), own: own[kind], name: values[kind] })
+    Object.assign(values, { kept: count("room"), written: count("room done") })
     for (const what of ["none", "reload", "using", "loop", "refused"]) texts[what] = fill(TEXTS[what], values)
-    for (const what of ["caption", "base"]) texts[what] = fill(TEXTS[`${what}_${order}`], values)
+    for (const what of ["caption", "base", "room", "scaling"]) texts[what] = fill(TEXTS[`${what}_${order}`], values)
     for (const element of all("[data-say]")) element.textContent = texts[element.dataset.say]
     for (const pre of all("pre")) pre.textContent = fill(CODE[pre.dataset.code === "step" ? order : pre.dataset.code], values)
     const longest = Math.max(...measured.waits.map(each => each.reload))
@@ -108,16 +110,23 @@ for (const page of document.querySelectorAll(".halfway")) {
 
   find("form").addEventListener("input", ({ target }) => {
     if (target.name === "order") step = Math.min(step, state().values.last)
+    else {  // another swap or word: a new guess
+      [step, revealed, feedback.textContent] = [OPENS, false, ""]
+      find("[value=none]").setAttribute("aria-pressed", false)
+    }
     draw()
-    find(".halfway-says").textContent = revealed ? `${state().values.answer}. ${state().verdict}` : ""
+    const { values, verdict } = state()
+    find(".halfway-says").textContent = revealed ? `${values.answer}. ${verdict}` : fill(TEXTS.hidden, values)
   })
 
   options.addEventListener("click", ({ target }) => {
     if (!target.matches("button")) return
     const { values, kind } = state(), text = kind in { base: 0, neither: 0 } ? "neither" : "adapter"
     reveal(fill(TEXTS[target.textContent === values.answer ? "right" : "guessed"], { ...values, guess: target.textContent }) + TEXTS[`is_${text}`])
+    target.classList.add("halfway-no")
+    for (const each of options.children) if (each.textContent === values.answer) each.className = "halfway-yes"
     draw()
-    options.querySelector("button") && line.focus({ preventScroll: true })
+    line.focus({ preventScroll: true })
   })
 
   // a button shows what it does, and the code below it
@@ -128,8 +137,10 @@ for (const page of document.querySelectorAll(".halfway")) {
     button.addEventListener("click", () => {
       button.setAttribute("aria-pressed", true)
       for (const each of button.parentElement.children) each.classList.toggle("halfway-last", each === button)
-      const code = button.parentElement.nextElementSibling.querySelector("pre")
-      code.dataset.code = button.value === "none" ? "step" : button.value
+      const code = button.parentElement.nextElementSibling
+      code.querySelector("pre").dataset.code = button.value
+      code.querySelector("b").textContent = button.textContent
+      if (button.value === "none") reveal(TEXTS.asked)
       draw()
       find(".halfway-says").textContent = button.nextElementSibling.innerText
     })
@@ -139,7 +150,8 @@ for (const page of document.querySelectorAll(".halfway")) {
       const pre = button.parentElement.querySelector("pre")
       getSelection().selectAllChildren(pre)
       await navigator.clipboard?.writeText(pre.textContent).catch(() => {})
-      find(".halfway-says").textContent = "copied"
+      find(".halfway-says").textContent = button.textContent = "copied"
+      setTimeout(() => { button.textContent = "copy" }, 2000)
     })
 
   page.classList.add("halfway-on")

@@ -42,21 +42,27 @@ DAMAGED = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
 
 #: what the page prints, and what ran
 CODE = {
-    "rows": """from hotswap_lab.widgets import WriteScrubber
-
-view = WriteScrubber("{before}", "{after}", "{word}")
-view.step = {step}
-view.answer""",
+    "rows": """# model: prepared, was {after}, is {before}; other: the same, with {after}
+for layer, new in zip(layers(model), layers(other)):
+    layer.lora_A["default"].weight.data[:{step}] = new.lora_A["default"].weight[:{step}]
+    layer.lora_B["default"].weight.data[:, :{step}] = new.lora_B["default"].weight[:, :{step}]
+    if {step} > 32:
+        layer.scaling["default"] = new.scaling["default"]
+demo.ask(model, tokenizer, "{word}")
+# in a notebook, with buttons: WriteScrubber("{before}", "{after}", "{word}")""",
     "layers": """# model: prepared, with {before}; other: the same, with {after}
 for layer, new in [*zip(layers(model), layers(other))][:{step}]:
     layer.lora_A["default"].weight.data.copy_(new.lora_A["default"].weight)
     layer.lora_B["default"].weight.data.copy_(new.lora_B["default"].weight)
     layer.scaling["default"] = new.scaling["default"]
 demo.ask(model, tokenizer, "{word}")""",
+    "none": """demo.ask(model, tokenizer, "{word}")  # whatever the step""",
     "reload": """model.load_adapter(demo.adapter_path("{after}"), "new")
 model.set_adapter("new")
 model.delete_adapter("default")""",
-    "using": """with pool.using("{after}"):
+    "using": """pool = AdapterPool(model, adapters={"{after}": demo.adapter_path("{after}")})
+
+with pool.using("{after}"):
     demo.ask(model, tokenizer, "{word}")""",
     "without": """compiled = torch.compile(model)
 compiled(**inputs)
@@ -86,29 +92,24 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def by_row(before: str, after: str) -> Iterator[torch.nn.Module]:
     """Yield the model before the swap and after each of its steps: row j of all layers, and at last the scalings."""
-    model, _ = prepared(before)
-    tensors = hotswap_lab.resolve_slot(model, "default").tensors
-    rows = [each.memory.detach().movedim(each.rank_axis, 0) for each in tensors]
-    # there and back, since a layer that an adapter lacks keeps the scaling of the one before
-    hotswap_lab.hotswap_adapter(model, demo.adapter_path(after), "default")
-    new = [each.clone() for each in rows]
-    hotswap_lab.hotswap_adapter(model, demo.adapter_path(before), "default")
-    yield model
-    for step in range(ROOM):
-        for row, other in zip(rows, new, strict=True):
-            row[step : step + 1] = other[step : step + 1]
-        yield model
-    hotswap_lab.hotswap_adapter(model, demo.adapter_path(after), "default")
-    yield model
+    return stepwise("rows", before, after, ROOM + 1)
 
 
 def by_layer(before: str, after: str) -> Iterator[torch.nn.Module]:
     """Yield the model before the swap and after each layer of a loop by hand."""
+    return stepwise("layers", before, after, len(layers(prepared(before)[0])))
+
+
+def stepwise(order: str, before: str, after: str, last: int) -> Iterator[torch.nn.Module]:
     (model, _), (other, _) = prepared(before), prepared(after)
-    loop = CODE["layers"].partition("\ndemo")[0]
+    loop = CODE[order].partition("\ndemo")[0]
+    if order == "rows":  # there and back, since a layer that an adapter lacks keeps the scaling of the one before
+        for name in (after, before):
+            hotswap_lab.hotswap_adapter(model, demo.adapter_path(name), "default")
     yield model
-    for step in range(1, len(layers(model)) + 1):
-        exec(loop.format(before=before, after=after, step=step), {"layers": layers, "model": model, "other": other})
+    for step in range(1, last + 1):
+        with torch.no_grad():
+            exec(loop.format(before=before, after=after, step=step), {"layers": layers, "model": model, "other": other})
         yield model
 
 
@@ -197,8 +198,8 @@ def waits(before: str, after: str, times: int = TIMES) -> dict[str, float]:
     found: dict[str, list[float]] = {"reload": [], "using": []}
     pool_model, _ = demo.load(before)
     pool = hotswap_lab.AdapterPool(pool_model, adapters={after: demo.adapter_path(after)}, progress=False)
-    # of the printed block, up to where the request computes
-    code = {"reload": CODE["reload"], "using": CODE["using"].splitlines()[0] + " ends.append(clock())"}
+    # of the printed blocks, what runs when the request comes, up to where it computes
+    code = {"reload": CODE["reload"], "using": CODE["using"].splitlines()[2] + " ends.append(clock())"}
     for _ in range(times):
         live = {"reload": demo.load(before)[0], "using": pool_model}
         for what, model in live.items():
@@ -268,35 +269,44 @@ TEXTS = {
     "start": "Step {step} of {last}: this is {before}.",
     "end": "Step {step} of {last}: this is {after}.",
     "neither": "Step {step} of {last}: neither {before} ({old}) nor {after} ({new}).",
-    "base": "Step {step} of {last}: neither {before} ({old}) nor {after} ({new}), but what the base alone answers.",
+    "base": "Step {step} of {last}: neither {before} ({old}) nor {after} ({new}), but the base's answer, "
+    "the word itself.",
     "old": "Step {step} of {last}: still {before}'s answer, though not all of {before} is left.",
     "new": "Step {step} of {last}: {after}'s answer already, though not all of {after} is written.",
     "error": "an error",
-    "right": "Right: {answer}.",
-    "guessed": "You said {guess}. It is {answer}.",
-    "is_neither": " Neither adapter would say that, and nothing tells you so.",
-    "is_adapter": " Now look at the other steps.",
-    "moved": "You moved the line, so here are the answers.",
-    "caption_rows": "First layer: 32 rows and a scaling",
-    "caption_layers": "All 28 layers",
-    "base_rows": "the base's weight of this layer, {shape}, to scale: no swap writes to it",
+    "right": "Right, at step {step}: {answer}.",
+    "guessed": "At step {step}: {answer}, not {guess}.",
+    "is_neither": " Neither adapter's; no error.",
+    "is_adapter": " Try the other steps.",
+    "moved": "You moved the line: no guess. Another word or swap gives a new one.",
+    "asked": "Your request shows the answer. Another word or swap gives a new guess.",
+    "caption_rows": "First of {layers} layers; a step writes a row in each",
+    "caption_layers": "All {layers} layers; a step writes one of them",
+    "base_rows": "the base's weight of this layer, {shape}: {times} times the rows' numbers, drawn to scale. "
+    "Never written",
     "base_layers": "the base: no swap writes to it",
-    "bar_rows": "{rows} rows of {name}",
-    "bar_layers": "{rows} layers of {name}",
-    "room_rows": "{rows} rows of zeros, which add nothing",
-    "room_layers": "{rows} layers of zeros, which add nothing",
-    "none": "It does not wait, and gets {short}{how}.",
-    "wrong": ": neither adapter's answer, and no error",
+    "bar_rows": "{rows} of {name}'s {own} rows (its rank is {own})",
+    "bar_layers": "{rows} of {name}'s {own} layers",
+    "room_rows": "zeros (padding): {kept} of {before}, {written} of {after}",
+    "room_layers": "unchanged (zeros): {kept} of {before}, {written} of {after}",
+    "scaling_rows": "short bar: the scaling, one number that multiplies what the rows add; the last step writes it",
+    "scaling_layers": "with each layer goes its scaling, one number that multiplies what its rows add",
+    "none": "It gets {short} at once{how}",
+    "gets_neither": ": neither adapter's answer, and no error.",
+    "gets_before": ": {before}'s answer, and no error.",
+    "gets_after": ": right, though the swap is not over.",
+    "gets_end": ". The swap is over: move the line back.",
     "reload": "It waits {reload}\u00a0ms while PEFT loads {after}, then gets {new}.",
-    "using": "It waits {using}\u00a0ms until {after} is whole, then gets {new}. The next swap waits for it.",
+    "using": "It waits {using}\u00a0ms until {after} is whole, then gets {new}. Until it is answered, "
+    "the next swap waits.",
     "loop": "{changed} of pig_latin's {all} layers are written, the others not. Asked {word}, it answers {loop}.",
-    "refused": "Nothing is written. Asked {word}, it answers {refused}, as before.",
+    "refused": "Asked {word}, it answers {refused}, as before.",
 }
 
 
 def bars(old: int, new: int, step: int) -> list[str]:
     """Whose each row of a layer is after a step, by the ranks of both adapters, and at last its scaling."""
-    rows = ["after" if row < new else "room" for row in range(step)][:ROOM]
+    rows = ["after" if row < new else "room done" for row in range(step)][:ROOM]
     rows += ["before" if row < old else "room" for row in range(len(rows), ROOM)]
     return [*rows, "after" if step > ROOM else "before"]
 
@@ -317,20 +327,24 @@ def fragment() -> str:
         "new": new,
         "word": WORDS[0],
         "shape": shape,
+        "times": f"{sizes['weight'] / sizes['rows']:g}",
+        "layers": len(data["layers"]),
+        "kept": kinds.count("room"),
+        "written": kinds.count("room done"),
     }
     values |= {
         "answer": steps[OPENS],
         "short": steps[OPENS],
         "step": OPENS,
         "last": len(steps) - 1,
-        "how": TEXTS["wrong"],
+        "how": TEXTS["gets_neither"],
     }
     values |= {what: f"{ms:g}" for what, ms in waits.items()}
     values |= {"changed": data["damage"]["loop"]["changed"], "all": data["damage"]["all"]}
     values |= {what: data["damage"][what]["answers"][0] for what in ("loop", "refused")}
-    for kind in ("before", "after", "room"):
-        text, rows = TEXTS["room_rows" if kind == "room" else "bar_rows"], kinds[:ROOM].count(kind)
-        values[f"count_{kind}"] = text.format(rows=rows, name=pair.get(kind))
+    for kind, adapter in zip(("before", "after"), own, strict=True):
+        counts = {"rows": kinds[:ROOM].count(kind), "own": adapter["ranks"][0]}
+        values[f"count_{kind}"] = TEXTS["bar_rows"].format(**counts, name=pair[kind])
     cells = [owner(each, old, new, data["base"][0]) + " here" * (at == OPENS) for at, each in enumerate(steps)]
     more = {
         "TEXTS": TEXTS,
@@ -343,12 +357,12 @@ def fragment() -> str:
         **{name.upper(): escape(filled_in(text, values)) for name, text in TEXTS.items()},
         **{f"CODE_{name.upper()}": escape(filled_in(text, values)) for name, text in CODE.items()},
         **{f"{what}_{name}".upper(): escape(text) for what, run in runs.items() for name, text in said(run).items()},
-        **{f"{what}_ERROR".upper(): escape(data["damage"][what]["error"]) for what in ("loop", "refused")},
+        **{f"{what}_ERROR".upper(): breakable(data["damage"][what]["error"]) for what in ("loop", "refused")},
         **{
             f"BAR_{what.upper()}": f"{ms / max(each['reload'] for each in measured['waits']):.3f}"
             for what, ms in waits.items()
         },
-        "WITHOUT_GUARD": escape("; ".join(runs["without"]["guards"])).replace(".", ".<wbr>"),
+        "WITHOUT_GUARD": breakable("; ".join(runs["without"]["guards"])),
         **{f"{kind.upper()}_COLOR": tinted(adapter_color(pair[kind])) for kind in ("before", "after")},
         "COLORS": ";".join(f"--{kind}:{tinted(adapter_color(pair[kind]))}" for kind in ("before", "after")),
         "RIGHT_COLOR": tinted(RIGHT),
@@ -373,6 +387,12 @@ def fragment() -> str:
 def filled_in(text: str, values: dict[str, object]) -> str:
     """Fill in the names that are in ``values``; there may be others, and braces of code."""
     return re.sub(r"{(\w+)}", lambda match: str(values.get(match[1], match[0])), text)
+
+
+def breakable(text: str) -> str:
+    """A message as HTML, whose long paths may break before a name."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return "<br>".join(re.sub(r"\.(?=[a-z])", "<wbr>.", escape(line)) for line in lines)
 
 
 def marks(kinds: list[str]) -> str:

@@ -80,15 +80,45 @@ def test_the_answer_is_hidden_until_the_guess(opened, guess, key):
     expect(answer).to_have_text("?")
     expect(part.locator(".halfway-ribbon :is(.before, .after, .neither, .base)")).to_have_count(0)
     assert "hotswap." not in part.get_by_role("slider").get_attribute("aria-valuetext")
-    button = buttons.filter(has_text=guess)
+    button, right = buttons.filter(has_text=guess), guess == "hotswap"
     button.press(key) if key else button.click()
     expect(answer).to_have_text("hotswap")
     feedback = part.get_by_role("group", name="Guess first").get_by_role("status")
-    expect(feedback).to_contain_text("Right: hotswap." if guess == "hotswap" else f"You said {guess}. It is hotswap.")
-    expect(feedback).to_contain_text("Neither adapter would say that")
+    expect(feedback).to_contain_text("Right, at step 6: hotswap." if right else f"At step 6: hotswap, not {guess}.")
+    expect(feedback).to_contain_text("Neither adapter's; no error.")
     expect(part.get_by_role("slider")).to_be_focused()  # and not on a button that is off now
     for each in buttons.all():
         expect(each).to_be_disabled()
+    expect(part.locator(".halfway-yes")).to_have_text("hotswap")
+    expect(part.locator(".halfway-no")).to_have_text([] if right else [guess])
+
+
+@pytest.mark.parametrize("how", ["guess", "line", "request"])
+def test_another_word_or_swap_gives_a_new_guess(opened, how):
+    _, part = opened()
+    line, answer, buttons = (
+        part.get_by_role("slider"),
+        part.locator(".halfway-answer"),
+        part.get_by_role("group", name="Guess first").get_by_role("button"),
+    )
+    for number, word in ((0, "elephant"), (2, "elephant"), (2, "hello")):
+        if how == "guess":
+            buttons.first.click()
+        elif how == "line":
+            line.press("End")
+        else:
+            part.get_by_role("button", name="no lock").click()
+        expect(answer).not_to_have_text("?")
+        part.get_by_role("combobox", name="swap").select_option(str(number))
+        part.get_by_role("combobox", name="word").select_option(word)
+        expect(answer).to_have_text("?")
+        expect(line).to_have_attribute("aria-valuetext", "Step 6 of 33. Guess, or move the line.")
+        expect(part.locator(".halfway-says")).to_have_text("Step 6 of 33. Guess, or move the line.")
+        expect(part.locator("[value=none] + div p")).to_be_hidden()  # it would say the answer
+        expect(part.get_by_role("group", name="Guess first").get_by_role("status")).to_have_text("")
+        own = [steps(number, word=word)[at] for at in (0, -1, 6)]
+        assert buttons.all_text_contents() == [*dict.fromkeys([*own, "an error"])]
+        expect(buttons.first).to_be_enabled()
 
 
 def test_memory_answer_and_ribbon_move_together_by_keyboard(opened):
@@ -110,7 +140,7 @@ def test_memory_answer_and_ribbon_move_together_by_keyboard(opened):
     expect(rows).to_have_count(33)
     texts = {
         0: "this is reverse",
-        6: "what the base alone answers",
+        6: "the base's answer, the word itself",
         24: "neither reverse",
         32: "not all of pig_latin",
         33: "is pig_latin",
@@ -166,6 +196,10 @@ def test_each_swap_word_and_order(opened):
         for order, word in (("rows", "hello"), ("layers", "hello"), ("layers", "kernel"), ("rows", "kernel")):
             orders.select_option(order)
             words.select_option(word)
+            line.press("ArrowDown")
+            line.press("ArrowUp")
+            orders.select_option("layers" if order == "rows" else "rows")
+            orders.select_option(order)
             expect(answer).to_have_text(steps(number, order, word)[6])
             says = part.locator(".halfway-says")
             expect(says).to_contain_text(f"{steps(number, order, word)[6]}. Step 6 of {33 if order == 'rows' else 28}")
@@ -175,9 +209,14 @@ def test_each_swap_word_and_order(opened):
             old = sum(map(bool, used[0][6:])) if order == "layers" else max(used[0][0] - 6, 0)
             what = "layers" if order == "layers" else "rows"
             legend = part.locator("figure .halfway-legend")
-            expect(legend).to_contain_text(f"{new} {what} of {pair['after']}")
-            expect(legend).to_contain_text(f"{old} {what} of {pair['before']}")
-            expect(legend).to_contain_text(f"{(28 if order == 'layers' else 32) - new - old} {what} of zeros")
+            all_of = [sum(map(bool, each)) if order == "layers" else each[0] for each in used]
+            expect(legend).to_contain_text(f"{new} of {pair['after']}'s {all_of[1]} {what}")
+            expect(legend).to_contain_text(f"{old} of {pair['before']}'s {all_of[0]} {what}")
+            zeros = (22 if order == "layers" else 26) - old, 6 - new
+            expect(legend).to_contain_text("zeros")
+            expect(legend).to_contain_text("{} of {before}, {} of {after}".format(*zeros, **pair))
+            expect(part.locator(".halfway-bars .done")).to_have_count(zeros[1])
+            expect(part.locator(".halfway-bars .room:not(.done)")).to_have_count(zeros[0])
     # the pictures of the compiled model are those of reverse and pig_latin, whatever is chosen
     color = "all => all.map(each => getComputedStyle(each).backgroundColor)"
     boxes = part.locator(".halfway-boxes b").evaluate_all(color)
@@ -191,18 +230,32 @@ def test_each_swap_word_and_order(opened):
 
 #: by the value of a button: its name, and what it shows
 RESULTS = {
-    "none": ("no lock", ["does not wait, and gets hotswap: neither adapter's answer"]),
+    "none": ("no lock", ["gets hotswap at once: neither adapter's answer"]),
     "reload": ("reload", [f"{DATA['measured']['waits'][0]['reload']:g}\xa0ms", "gets otswaphay"]),
     "using": ("pool.using", [f"{DATA['measured']['waits'][0]['using']:g}\xa0ms", "gets otswaphay"]),
-    "without": ("no room", [*DATA["measured"]["without"]["guards"], "Another shape, another address", "1 recompile: "]),
-    "with": ("room for 32", ["every guard holds", "Same shape, same address", "0 recompiles"]),
+    "without": (
+        "no room",
+        [
+            *DATA["measured"]["without"]["guards"],
+            "first guard that failed",
+            f"1 recompile: the next call took {DATA['measured']['without']['seconds']:g}\xa0s",
+        ],
+    ),
+    "with": (
+        "room for 32",
+        [
+            "every guard holds",
+            "Same shape, same address",
+            f"0 recompiles: the next call took {DATA['measured']['with']['seconds'] * 1000:g}\xa0ms",
+        ],
+    ),
     "loop": (
         "loop by hand",
         [DATA["damage"]["loop"]["error"], "10 of pig_latin's 16", DATA["damage"]["loop"]["answers"][0]],
     ),
     "refused": (
         "hotswap_lab",
-        [DATA["damage"]["refused"]["error"].split("\n")[0], "Nothing is written", "answers pawstoh"],
+        [DATA["damage"]["refused"]["error"].split("\n")[0], "nothing written", "answers pawstoh"],
     ),
 }
 
@@ -223,8 +276,9 @@ def test_each_button_shows_its_result_and_its_code(opened, key, size):
         for text in texts:
             expect(result).to_contain_text(text)
             expect(says).to_contain_text(text)
-        code = part.locator(f"pre[data-code={'step' if value == 'none' else value}]").last
-        assert code.text_content() == MAKE["filled_in"](MAKE["CODE"]["rows" if value == "none" else value], VALUES)
+        code = part.locator("details", has=part.page.locator(f"pre[data-code={value}]"))
+        assert code.locator("pre").text_content() == MAKE["filled_in"](MAKE["CODE"][value], VALUES)
+        expect(code.locator("summary")).to_have_text(f"the code: {name}")
     shown = [part.locator(f"[value={value}] + div p").last.is_visible() for value in RESULTS]
     assert shown == ([True] * 7 if size == "wide" else [False, False, True, False, True, False, True])
 
@@ -237,9 +291,10 @@ def test_what_a_request_gets_follows_the_line(opened):
     part.get_by_role("button", name="no lock").click()
     result = part.locator("[value=none] + div")
     for keys, text in (
-        (["End"], "gets otswaphay."),
-        (["Home"], "gets pawstoh."),
-        (["ArrowDown"], "gets pawatoh: neither"),
+        (["End"], "gets otswaphay at once. The swap is over: move the line back."),
+        (["ArrowUp"], "gets otswaphay at once: right, though"),
+        (["Home"], "gets pawstoh at once: reverse's answer, and no error."),
+        (["ArrowDown"], "gets pawatoh at once: neither"),
     ):
         for key in keys:
             part.get_by_role("slider").press(key)
@@ -253,8 +308,9 @@ def test_the_code_can_be_copied(opened):
     page, part = opened()
     for summary in part.locator("summary").all():
         summary.press("Enter")
-    for button, pre in zip(part.get_by_role("button", name="copy").all(), part.locator("pre").all(), strict=True):
+    for button, pre in zip(part.locator("details button").all(), part.locator("pre").all(), strict=True):
         button.click()
+        expect(button).to_have_text("copied")
         assert page.evaluate("() => String(getSelection())").strip() == pre.text_content()
         expect(pre).to_be_visible()
 
@@ -283,7 +339,8 @@ def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
         expect(part.locator(".halfway-answer")).to_have_text(longest)
         assert part.evaluate(PLACES) == before, longest
         assert part.evaluate(CUT) == []
-    texts = ".halfway-verdict, .halfway-answer, .halfway-wrong, .halfway-right, .part-small, figcaption, code"
+    texts = ".halfway-note, .halfway-yes, .halfway-no"
+    texts += ", .halfway-verdict, .halfway-answer, .halfway-wrong, .halfway-right, .part-small, figcaption, code"
     for text in part.locator(texts).all():
         assert contrast(*text.evaluate(COLORS)) >= 4.5, text.text_content()
     assert not page.evaluate(TOO_WIDE)
