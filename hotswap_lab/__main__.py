@@ -13,8 +13,6 @@ the error, and all else to stderr. Exit codes: 0 fine; 1 refused, or different f
 decided, as a plan that needs the base's weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -6,8 +6,6 @@ later one fails. The values are copied last, in one call that has no reason left
 taken back.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence

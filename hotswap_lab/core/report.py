@@ -1,12 +1,11 @@
 """Tables as text, and as static HTML: readable in a saved notebook, in light and dark themes, without a kernel."""
 
-from __future__ import annotations
-
 import html
 import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def readable_bytes(count: int) -> str:
@@ -28,9 +27,10 @@ def wrapped(text: object, width: int | None = None) -> str:
       next:     load the adapter that
                 targets the most layers
     """
-    how = dict(width=width or shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-    starts = ((line, " " * len(re.match(" *([a-z]+: +)?", line)[0])) for line in str(text).splitlines())
-    return "\n".join(textwrap.fill(line, subsequent_indent=start, **how) for line, start in starts)
+    how: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
+    width = width or shutil.get_terminal_size().columns
+    starts = [(line, len(line) - len(re.sub("^ *([a-z]+: +)?", "", line))) for line in str(text).splitlines()]
+    return "\n".join([textwrap.fill(line, width, subsequent_indent=" " * at, **how) for line, at in starts])
 
 
 def html_table(

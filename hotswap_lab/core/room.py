@@ -4,8 +4,6 @@ A swap in a room is one copy (see :mod:`hotswap_lab.core.arena`), and a few numb
 each layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -5,8 +5,6 @@ the swap, a wrong scaling after a swap comes from here, or from the values that 
 writer: a comparison with a fresh load (:mod:`hotswap_lab.beyond.difference`) writes all tables as it finds them there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ Every picture is drawn on a light card. As an image on a dark page, its colors h
 dark, and what is darkest on a light page is lightest. It has a text form for screen readers and terminals.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Collection, Mapping
@@ -55,7 +53,8 @@ class Canvas:
     """A drawing to which shapes are added; coordinates are pixels from the top left."""
 
     def __init__(self, width: int, height: int):
-        self.width, self.height = width, height
+        self.width: int = width
+        self.height: int = height
         self.shapes: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False) -> None:
@@ -70,7 +69,9 @@ class Canvas:
         look = f"font-size='{how['size']}' text-anchor='{how['anchor']}' fill='{how['color']}' {FONT}{turn}"
         self.shapes.append(f"<text x='{x:g}' y='{y:g}' {look}>{html.escape(text)}</text>")
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, color: str, *, dashed: bool = False, width: float = 1):
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, color: str, dashed: bool = False, width: float = 1
+    ) -> None:
         dash, ends = DASHED if dashed else " stroke-linecap='round'", f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}'"
         self.shapes.append(f"<line {ends} stroke='{color}' stroke-width='{width:g}'{dash}/>")
 

@@ -1,7 +1,5 @@
 """One meaning for each color, in every picture and widget."""
 
-from __future__ import annotations
-
 import zlib
 
 INK = "#1f2933"

@@ -1,7 +1,5 @@
 """A picture of all layers of a model: a tile for each, in the color of the adapter where it changes the weight."""
 
-from __future__ import annotations
-
 import re
 import struct
 import textwrap

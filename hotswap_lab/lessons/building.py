@@ -6,8 +6,6 @@ notebook. Parts that aren't there, as on Colab, where each notebook is a new mac
 A cell that begins with ``%%fresh 02`` runs in a new process, which can import that file, up to chapter 02.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import linecache

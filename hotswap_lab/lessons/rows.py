@@ -1,7 +1,5 @@
 """Chapter 08: which request had which row of a batch."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The tour of ``hotswap-lab``: the embedded adapters take turns in one model, and what each swap takes."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

@@ -65,7 +65,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class Patch(contextlib.AbstractContextManager):
+class Patch(contextlib.AbstractContextManager["Patch"]):
     """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
 
     def __init__(self) -> None:

@@ -1,7 +1,5 @@
 """The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence

@@ -68,7 +68,7 @@ class Guards(WorkingView):
     #: the adapter that was swapped in last
     active: str | None
 
-    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, object], inputs: Mapping):
+    def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, Any], inputs: Mapping[str, Any]):
         self.adapters: Mapping[str, object] = adapters
         self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
         for title, column in self.columns.items():

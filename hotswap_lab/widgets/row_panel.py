@@ -59,7 +59,8 @@ class RowPanel(WorkingView):
             raise refused("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
             pass  # raises if the pool has too few rows
-        self.pool, self.generate = pool, generate
+        self.pool: AdapterPool = pool
+        self.generate: Callable[[list[str]], object] = generate
         #: the prompt of each row
         self.prompts: list[str] = list(prompts)
         #: the adapter that will answer each row; None: the base model

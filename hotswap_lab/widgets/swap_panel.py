@@ -95,7 +95,8 @@ class SwapPanel(WorkingView):
         options = dict(template=template, max_new_tokens=max_new_tokens)
         self.generate: Callable[[str], object] = generate or text_stream(self.model, tokenizer, **options)
         #: the text in the prompt box
-        self.prompt, self.run_on_swap = prompt, run_on_swap
+        self.prompt: str = prompt
+        self.run_on_swap: bool = run_on_swap
         #: the last answer, and the one to compare it with
         self.answer: Run | None = None
         self.pinned: Run | None = None

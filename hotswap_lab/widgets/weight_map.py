@@ -1,7 +1,5 @@
 """WeightMap: what the adapter adds to each layer's weight, as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -11,6 +11,7 @@ from .. import demo
 from ..core.tensors import SlotTensor
 from ..figures import Canvas, Figure, palette
 from ..figures.latency import readable
+from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import bases_of, locked
 from .switch import demo_pool
@@ -57,9 +58,15 @@ class WriteScrubber(WorkingView):
     doing = "writing and asking"
 
     def __init__(self, before: str = "reverse", after: str = "pig_latin", word: str = "hotswap", guess_at: int = 6):
-        self.names, self.word, self.guess_at, self.guessed = (before, after), word, guess_at, ""
-        self.pool, self._tokenizer = demo_pool()
-        self.model, self._slot = self.pool.model, resolve_slot(self.pool.model, "default")
+        self.names: tuple[str, str] = before, after
+        self.word: str = word
+        self.guess_at: int = guess_at
+        #: what is said of the reader's guess
+        self.guessed: str = ""
+        pool, self._tokenizer = demo_pool()
+        self.pool: AdapterPool = pool
+        self.model: torch.nn.Module = pool.model
+        self._slot = resolve_slot(self.model, "default")
         self._ends = [self._rows(name) for name in self.names]
         self._ranks = [int(rows.any(1).sum()) for rows, *_ in self._ends]
         self._lines_run = {how: line.format(after=after, word=word) for how, (line, _) in REQUESTS.items()}
@@ -91,7 +98,8 @@ class WriteScrubber(WorkingView):
             self._seen = self._now()
         #: what became of the requests at this step
         self.arrived: dict[str, str] = {}
-        (old, new), self.step = self.names, step
+        self.step: int = step
+        old, new = self.names
         self.summary: str = f"{old} to {new}, step {step} of {self.steps}: {self.word} → {answer}"
 
     def _guess(self, word: str) -> None:
