@@ -58,15 +58,15 @@ class Canvas:
         self.shapes: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False) -> None:
-        dash, place = DASHED * dashed, f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}'"
+        dash, place = DASHED if dashed else "", f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}'"
         self.shapes.append(f"<rect {place} rx='4' fill='{fill}' stroke='{INK}' stroke-width='1'{dash}/>")
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Add a text, in the style of ``TEXT`` or another one; ``turned`` by so many degrees."""
-        how = TEXT | style
-        turn = f" transform='rotate({how['turned']} {x:g} {y:g})'" if how["turned"] else ""
-        turn += " font-weight='bold'" if how["bold"] else ""
-        look = f"font-size='{how['size']}' text-anchor='{how['anchor']}' fill='{how['color']}' {FONT}{turn}"
+        size, anchor, color, turned, bold = (TEXT | style).values()  # a misspelled name would be one too many
+        turn = f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
+        turn += " font-weight='bold'" if bold else ""
+        look = f"font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}{turn}"
         self.shapes.append(f"<text x='{x:g}' y='{y:g}' {look}>{html.escape(text)}</text>")
 
     def line(

@@ -82,7 +82,7 @@ def in_new_process(chapter: str, code: str) -> None:
         Path(place, MINE.name).write_text(as_file(chapter, {}))
         code = f"import sys; sys.path[:0] = {[place, *sys.path]}\n{code}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    print((done.stdout + done.stderr * bool(done.returncode)).rstrip())
+    print((done.stdout + (done.stderr if done.returncode else "")).rstrip())
 
 
 def parts_of(file: Path) -> dict[str, str]:

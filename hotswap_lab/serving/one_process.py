@@ -105,11 +105,8 @@ async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000
     try:
         await backend.start()
         if not server.should_exit:  # by Ctrl-C
-            dtype = backend.replica.pool.model.dtype
-            print(
-                f"Ready: {len(given.adapters)} adapters of {given.name} in {dtype}, http://{host}:{port}/docs",
-                flush=True,
-            )
+            where = f"in {backend.replica.pool.model.dtype}, http://{host}:{port}/docs"
+            print(f"Ready: {len(given.adapters)} adapters of {given.name} {where}", flush=True)
     except BaseException:  # of a model that can't be read, or Ctrl-C: the port is free again before it is said
         server.should_exit = True
         await serving

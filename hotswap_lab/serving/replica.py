@@ -1,7 +1,5 @@
 """One model that answers requests for many adapters: each gets a row of a batch, and its adapter goes there with it."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes
@@ -74,7 +72,7 @@ class Options:
     warm: int = True
     dtype: str = ""
 
-    def for_model(self, config: Any) -> Options:
+    def for_model(self, config: Any) -> "Options":
         """The same options, with the lengths that a model with this config reads where they are 0."""
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1280
         rest = positions - self.longest_prompt if self.longest_prompt else max(positions // 4, positions - 1024)
@@ -217,8 +215,9 @@ class Replica:
         """Does what is done once: the rows' proof, compiling, and what else the first call of each shape takes."""
         words = ["warm up " * CHUNK, "warm up", "a"]  # the first that is not too long for the server's limits
         for prompt in [*([{"role": "user", "content": text}] for text in words), *words]:
+            request = Request(prompt=prompt, max_tokens=min(2, self.options.longest_answer))
             with contextlib.suppress(HotswapError):
-                self._ids_of(request := Request(prompt=prompt, max_tokens=min(2, self.options.longest_answer)))
+                self._ids_of(request)
                 break
 
         async def ask(shares: Mapping[Version, float]) -> None:
@@ -226,7 +225,8 @@ class Replica:
                 pass
 
         asked: list[dict[Version, float]] = [{}, *({version: 1.0} for version in self._unlike)]
-        await asyncio.gather(*map(ask, asked[: self.options.queue]))
+        # one that fails, as with a damaged adapter, must not keep the others from being served
+        await asyncio.gather(*map(ask, asked[: self.options.queue]), return_exceptions=True)
         self.counts.subtract(dict(self.counts))  # they are of requests
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
@@ -260,7 +260,7 @@ class Replica:
             raise piece
         finally:
             answer.is_over = True
-            self._wanted.subtract(keys)
+            self._wanted -= Counter(keys)
 
     def _ids_of(self, request: Request) -> list[int]:
         options, prompt = self.options, request.prompt

@@ -1,7 +1,5 @@
 """The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json
@@ -34,7 +32,7 @@ class Version:
     number: int = 1
 
     @classmethod
-    def of(cls, name: str, path: str, base: str = "") -> Version:
+    def of(cls, name: str, path: str, base: str = "") -> "Version":
         """The first version of an adapter, in a folder or on the Hub. It may not have the name of the base model."""
         if name in ("", base) or len(name) > LONGEST_NAME or not name.isprintable() or set(name) & set("+:"):
             raise refused("no_name_for_mixes", name=name)
@@ -88,7 +86,7 @@ class Table:
     highest: Mapping[str, int] = field(default_factory=dict)
     forgotten: int = 0
 
-    def or_later(self, table: Table) -> Table:
+    def or_later(self, table: "Table") -> "Table":
         """The later one of both."""
         return max(self, table, key=lambda each: each.number)
 

@@ -1,7 +1,5 @@
 """Guards: what the graphs of compiled models assume of an adapter, and which of it a swap breaks."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -76,7 +74,7 @@ class Guards(WorkingView):
         self._run(self._visit)
 
     @classmethod
-    def demo(cls) -> Guards:
+    def demo(cls) -> "Guards":
         """Make a checklist of two embedded models, one of them prepared for all of their adapters."""
         folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
         models = {name: demo.load("reverse")[0] for name in ("not prepared", "prepared")}

@@ -1,7 +1,5 @@
 """RowPanel: a table of requests, each with its own adapter, answered in one call."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -69,7 +67,7 @@ class RowPanel(WorkingView):
         self.runs: list[Run] = []
 
     @classmethod
-    def demo(cls, prompts: Sequence[str] = WORDS) -> RowPanel:
+    def demo(cls, prompts: Sequence[str] = WORDS) -> "RowPanel":
         """Make a panel with the embedded model and all of its adapters.
 
         >>> RowPanel.demo(["hotswap"]).run()

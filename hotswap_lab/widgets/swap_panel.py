@@ -258,7 +258,7 @@ class SwapPanel(WorkingView):
                 self._slider.value = strength
         self._style.value = f"<style>{self._rules()}</style>"
         run, kept = self.answer, self.pinned
-        old, shown = " hotswap-old" * bool(self._note), f"{run.chip}{run.shown}" if run else "no answer yet"
+        old, shown = " hotswap-old" if self._note else "", f"{run.chip}{run.shown}" if run else "no answer yet"
         self._answer.value, self._pin_button.disabled = f'<div class="hotswap-answer{old}">{shown}</div>', run is None
         asked = f", asked <code>{escape(kept.prompt)}</code>" if kept and run and kept.prompt != run.prompt else ""
         self._kept.value = f'<div class="hotswap-kept">{f"{kept.chip}{asked}{kept.shown}" if kept else ""}</div>'

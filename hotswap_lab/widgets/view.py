@@ -1,7 +1,5 @@
 """The base class of all widgets: a static form that is stored, and a live form that replaces it while a kernel runs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import html
@@ -78,7 +76,7 @@ def note_cell(*_: object) -> None:
     LATEST[0] = object()
 
 
-def _follow(view: weakref.ref[View], loop: asyncio.AbstractEventLoop, seen: object = None) -> None:
+def _follow(view: "weakref.ref[View]", loop: asyncio.AbstractEventLoop, seen: object = None) -> None:
     """Update a live form if anything has changed, again and again until it is closed or gone.
 
     In an event loop, where the code that made the change holds no lock.
@@ -86,7 +84,8 @@ def _follow(view: weakref.ref[View], loop: asyncio.AbstractEventLoop, seen: obje
     now, shown = LATEST[0], view()
     if shown and shown.box.comm:
         try:
-            _ = now is seen or shown._changed()
+            if now is not seen:
+                shown._changed()
         except Exception as error:  # its adapter may be gone
             shown._title.value = f'<span class="hotswap-lost">{escape(error)}</span>'
         loop.call_later(EVERY, _follow, view, loop, now)
@@ -114,7 +113,7 @@ class View:
     #: what was in the model when the view read it, or began to compute with it
     _seen: object = None
 
-    def __new__(cls, *args: object, **options: object) -> View:
+    def __new__(cls, *args: object, **options: object) -> "View":
         self = super().__new__(cls)
         # one refresh at a time, so that a delayed thread doesn't overwrite a newer state with an older one
         self._refreshes = threading.RLock()
@@ -150,7 +149,8 @@ class View:
 
     def to_html(self) -> str:
         """The static form as HTML, which needs no kernel, network or scripts."""
-        return f"<div>{self._head()}{f'<div>{self._note}</div>' * bool(self._note)}{self._inside()}</div>"
+        note = f"<div>{self._note}</div>" if self._note else ""
+        return f"<div>{self._head()}{note}{self._inside()}</div>"
 
     def _head(self) -> str:
         text = f"<strong>{escape(self.title or type(self).__name__)}</strong>"
@@ -206,7 +206,8 @@ class View:
 
     def _refresh_box(self) -> None:
         with self._refreshes:
-            _ = self.box, self._refresh()  # in this order
+            _ = self.box  # which a refresh needs
+            self._refresh()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

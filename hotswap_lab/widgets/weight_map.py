@@ -74,7 +74,10 @@ class WeightMap(View):
         if self._note:
             # a swap may wait for a thread that computes, and that thread for the end of a refresh
             with in_use_now(self.model) as is_mine:
-                self._look() if is_mine else note_cell()
+                if is_mine:
+                    self._look()
+                else:
+                    note_cell()
 
     def _look(self) -> None:
         slot = resolve_slot(self.model, self.adapter_name)

@@ -1,7 +1,5 @@
 """The base class of widgets with long jobs: one at a time, in a thread of its own, which can be stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import math
@@ -79,7 +77,7 @@ class WorkingView(View):
     #: a description of the running job
     doing: str = ""
 
-    def __new__(cls, *args: object, **options: object) -> WorkingView:
+    def __new__(cls, *args: object, **options: object) -> "WorkingView":
         self = super().__new__(cls)
         self._lock = threading.Lock()
         # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
@@ -243,8 +241,10 @@ class WorkingView(View):
 
     def _clicked(self, act: Callable[[], object]) -> None:
         """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        # one that is not accepted has moved a slider
-        keep_apart_from_cells(self.box) if self._clicks.take(act) else self._changed()
+        if self._clicks.take(act):
+            keep_apart_from_cells(self.box)
+        else:
+            self._changed()  # moves a slider back
 
     def _with_stop(self, *starters: w.Widget) -> list[w.Widget]:
         """Add a stop button to controls that start jobs."""

@@ -458,7 +458,7 @@ def test_a_version_stays_in_memory_while_an_accepted_request_needs_it(tmp_path, 
         return await asking
 
     assert asyncio.run(run()) == expected[:24]
-    assert not +served.replicas[0]._wanted
+    assert not served.replicas[0]._wanted
     asyncio.run(served.load([*served.table.versions.values()][:1]))
     assert len(served.replicas[0].pool) == 4
 
@@ -485,6 +485,18 @@ def test_warm_once_and_the_first_answers_need_no_more_calls_than_others(monkeypa
     first, second = asyncio.run(run())
     assert (first, second) == (3, 3)
     assert len(calls) > 8, "a proof of the rows"
+
+
+def test_a_damaged_adapter_keeps_no_server_from_its_start(tmp_path):
+    bad = save_random_adapter(tmp_path / "bad", 1)
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({key: torch.full_like(each, 1e30) for key, each in tensors.items()}, file)
+    served = Served({"shout": FAMILY["shout"], "bad": bad})
+    asyncio.run(served.replicas[0].warm())
+    assert served.assert_right(["shout"]) == ["HOTSWAP!"]
+    with pytest.raises(HotswapError, match="NaN or infinite"):
+        asyncio.run(served.ask("bad", "hotswap"))
 
 
 def test_few_are_held_and_all_are_answered():
