@@ -206,6 +206,18 @@ def describe_pictures(app, doctree) -> None:
             image["alt"] = texts.get("text/plain", "")
 
 
+def follow_the_page(app, path: str, docname: str, content: list[str]) -> None:
+    """Have README's picture follow the page's theme, which a button changes, in place of the system's."""
+    if picture := re.search("<picture>(.*)(<img .*>)</picture>", content[0]):
+        sources, image = re.findall("<source .*?>", picture[1]), picture[2]
+        dark = [re.sub(r"( and )?\(prefers-color-scheme: dark\)", "", each) for each in sources if "dark)" in each]
+        light = [each for each in sources if "dark)" not in each]
+        both = {"only-light": "".join(light) + image, "only-dark": "".join(dark).replace('media="" ', "") + image}
+        content[0] = content[0].replace(
+            picture[0], "".join(f'<picture class="{name}">{inside}</picture>' for name, inside in both.items())
+        )
+
+
 def leave_out_of_search(app, doctree) -> None:
     """A search finds chapters, not their solutions."""
     if app.env.docname.startswith("notebooks/solutions/"):
@@ -220,6 +232,7 @@ def begin_at_the_first_chapter(app, pagename: str, template: str, context: dict,
 def setup(app) -> None:
     write_sources()
     app.connect("source-read", adapt)
+    app.connect("include-read", follow_the_page)
     app.connect("doctree-read", describe_pictures)
     app.connect("doctree-read", leave_out_of_search)
     app.connect("html-page-context", begin_at_the_first_chapter)

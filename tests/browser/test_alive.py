@@ -117,13 +117,24 @@ def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
     assert not page.evaluate(TOO_WIDE)
 
 
-def test_the_map_follows_the_theme(opened):
-    page, part = opened()
+@pytest.mark.parametrize("size", ["wide", long("phone")])
+def test_the_map_and_readmes_picture_follow_the_theme(opened, size):
+    page, part = opened(size)
+    readme = bool(page.locator("picture").count())  # which only the first page of the site has
+    assert readme == page.url.endswith("index.html")
+    assert dark_pictures(page) == [False] * readme
     color = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 1, 1).data].slice(0, 3)"
     light = part.locator("canvas").first.evaluate(color)
     page.evaluate("document.body.dataset.theme = 'dark'")
     page.wait_for_function(f"before => String(({color})(document.querySelector('canvas'))) !== before", arg=str(light))
     assert sum(part.locator("canvas").first.evaluate(color)) > sum(light)
+    assert dark_pictures(page) == [True] * readme
+
+
+def dark_pictures(page) -> list[bool]:
+    """Of each of README's pictures that is seen, whether it is the dark one."""
+    shown = [each for each in page.locator("picture img").all() if each.is_visible()]
+    return [each.evaluate("image => image.currentSrc.includes('dark')") for each in shown]
 
 
 @pytest.mark.parametrize("opened", PAGES[-1:], indirect=True)
