@@ -32,6 +32,12 @@ class Figure:
     svg: str
     text: str
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        width, height = re.search(r" width='(\d+)' height='(\d+)'", self.svg).groups()
+        return int(width), int(height)
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {"image/svg+xml": self.svg.replace("</title>", f"</title>{DARK}", 1), "text/plain": self.text}
 

@@ -111,17 +111,28 @@ class Guards(WorkingView):
 
     def figure(self) -> Figure:
         """The checklists side by side, and below the time of each of the last calls."""
-        lists = {title: column.checklist(timed=True) for title, column in self.columns.items()}
-        top = 64 + 19 * max(map(len, lists.values()))
-        below = timeline("Time of each call", {title: column.watch for title, column in self.columns.items()})
-        canvas = Canvas(660, top + int(re.search(r" height='(\d+)'", below.svg)[1]))
-        for at, (title, lines) in enumerate(lists.items()):
-            left = 20 + 640 / len(lists) * at
-            canvas.text(left, 28, title, size=15, anchor="start", bold=True)
-            for row, (text, holds) in enumerate(lines):
-                canvas.text(left, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
-        canvas.shapes.append(below.svg.replace("<svg ", f"<svg y='{top}' ", 1))
+        *lists, times = self._parts()
+        width, top = lists[0].size
+        canvas = Canvas(660, top + times.size[1])
+        for at, part in enumerate(lists):
+            canvas.shapes.append(part.svg.replace("<svg ", f"<svg x='{width * at}' ", 1))
+        canvas.shapes.append(times.svg.replace("<svg ", f"<svg y='{top}' ", 1))
         return canvas.figure(str(self))
+
+    def _inside(self) -> str:
+        return self._framed(*self._parts())
+
+    def _parts(self) -> list[Figure]:
+        """A checklist for each model, and the time of each call."""
+        lists = {title: column.checklist(timed=True) for title, column in self.columns.items()}
+        parts = []
+        for title, lines in lists.items():
+            canvas = Canvas(660 // len(lists), 64 + 19 * max(map(len, lists.values())))
+            canvas.text(20, 28, title, size=15, anchor="start", bold=True)
+            for row, (text, holds) in enumerate(lines):
+                canvas.text(20, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
+            parts.append(canvas.figure(title))
+        return [*parts, timeline("Time of each call", {title: each.watch for title, each in self.columns.items()})]
 
     def _controls(self) -> list:
         self._with_stop()

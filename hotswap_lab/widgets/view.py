@@ -158,12 +158,17 @@ class View:
 
     def _inside(self) -> str:
         figure = self.figure()
-        if figure is None:
-            return ""
-        width = int(re.search(r"width='(\d+)'", figure.svg)[1])  # as wide as there is room, within reason
-        style = f"width:100%;max-width:{1.4 * width:g}px;height:auto"
-        shrinking = figure.svg.replace("<svg ", f"<svg style='{style}' ", 1)
-        return f"<div class='hotswap-picture' data-note='{escape(self._note)}'>{shrinking}</div>"
+        return self._framed(figure) if figure else ""
+
+    def _framed(self, *parts: Figure) -> str:
+        """The parts of a picture next to each other where there is room, else below each other."""
+        shrinking = []
+        for part in parts:
+            width, _ = part.size  # as wide as there is room, within reason
+            style = f"flex:1 1 {0.8 * width:g}px;min-width:0;max-width:{1.4 * width:g}px;height:auto"
+            shrinking.append(part.svg.replace("<svg ", f"<svg style='{style}' ", 1))
+        look = f"data-note='{escape(self._note)}' style='display:flex;flex-wrap:wrap'"
+        return f"<div class='hotswap-picture' {look}>{''.join(shrinking)}</div>"
 
     def _static(self) -> dict[str, str]:
         """The output that a saved notebook keeps. The same state gives the same output."""

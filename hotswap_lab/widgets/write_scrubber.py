@@ -121,7 +121,7 @@ class WriteScrubber(WorkingView):
 
     def figure(self) -> Figure:
         """One layer's rows in the colors of their adapters, and a cell for each step's answer."""
-        canvas = Canvas(660, 300)
+        canvas = Canvas(660, 318)
         canvas.shapes = [self._picture()]
         return canvas.figure(str(self))
 
@@ -140,6 +140,7 @@ class WriteScrubber(WorkingView):
         fills = [colors.get(each, palette.MUTED) for each in answers]
         cells = "".join(f"<rect x='{at}' width='.9' height='28' fill='{fill}'/>" for at, fill in enumerate(fills))
         texts = dict(old=old, new=new, first=first, middle=middle, last=last, answer=answer, word=escape(self.word))
+        texts |= dict(old_rank=old_rank, new_rank=new_rank)
         texts |= dict(said=f"step {step} of {self.steps}: {said}", more=more, neither=fills.count(palette.MUTED))
         looks = dict(cells=cells, said_color=said_color, old_color=colors[first], new_color=colors[last], step=step)
         looks |= dict(old_rows=max(old_rank - step, 0), new_rows=min(step, new_rank), size=480 // max(16, len(answer)))

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from lengths import long
+from peft import LoraConfig
 from shown import live
 
 from hotswap_lab import Adapter, demo, in_use, verify_hotswap
@@ -62,7 +63,11 @@ def test_every_answer_on_the_way_is_that_of_such_a_model(view):
 
 def test_each_step_writes_one_row_of_every_layer():
     view = WriteScrubber("reverse", "vowels_up")
+    addresses = [tensor.parameter.data_ptr() for tensor in view._slot.tensors]
     view.go(3)
+    ranks = [LoraConfig.from_pretrained(demo.adapter_path(name)).r for name in view.names]
+    assert f"reverse has rank {ranks[0]}, vowels_up {ranks[1]}, and so many rows<" in view._picture()
+    assert [tensor.parameter.data_ptr() for tensor in view._slot.tensors] == addresses  # as the picture says
     for tensor, old, new in zip(view._slot.tensors, *view._ends, strict=True):
         rows = tensor.parameter.movedim(tensor.rank_axis, 0)
         assert torch.equal(rows[:3], new[:3])
