@@ -55,6 +55,7 @@ for (const page of document.querySelectorAll(".halfway")) {
       texts[`count_${kind}`] = fill(TEXTS[`bar_${order}`], { rows: count(kind), own: own[kind], name: values[kind] })
     Object.assign(values, { kept: count("room"), written: count("room done") })
     for (const what of ["none", "reload", "using", "loop", "refused"]) texts[what] = fill(TEXTS[what], values)
+    if (step === values.last) texts.using = fill(TEXTS.using_end, values)
     for (const what of ["caption", "base", "room", "scaling"]) texts[what] = fill(TEXTS[`${what}_${order}`], values)
     for (const element of all("[data-say]")) element.textContent = texts[element.dataset.say]
     for (const pre of all("pre")) pre.textContent = fill(CODE[pre.dataset.code === "step" ? order : pre.dataset.code], values)
@@ -109,9 +110,10 @@ for (const page of document.querySelectorAll(".halfway")) {
   })
 
   find("form").addEventListener("input", ({ target }) => {
+    feedback.textContent = ""
     if (target.name === "order") step = Math.min(step, state().values.last)
     else {  // another swap or word: a new guess
-      [step, revealed, feedback.textContent] = [OPENS, false, ""]
+      [step, revealed] = [OPENS, false]
       find("[value=none]").setAttribute("aria-pressed", false)
     }
     draw()

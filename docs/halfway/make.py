@@ -42,7 +42,7 @@ DAMAGED = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
 
 #: what the page prints, and what ran
 CODE = {
-    "rows": """# model: prepared, was {after}, is {before}; other: the same, with {after}
+    "rows": """# model: prepared, with {before}; other: the same, with {after}
 for layer, new in zip(layers(model), layers(other)):
     layer.lora_A["default"].weight.data[:{step}] = new.lora_A["default"].weight[:{step}]
     layer.lora_B["default"].weight.data[:, :{step}] = new.lora_B["default"].weight[:, :{step}]
@@ -282,13 +282,13 @@ TEXTS = {
     "asked": "Your request shows the answer. Another word or swap gives a new guess.",
     "caption_rows": "First of {layers} layers; a step writes a row in each",
     "caption_layers": "All {layers} layers; a step writes one of them",
-    "base_rows": "the base's weight of this layer, {shape}: {times} times the rows' numbers, drawn to scale. "
-    "Never written",
+    "base_rows": "the base's weight of this layer, {shape}, drawn to scale: in this tiny model, only {times} times as "
+    "many numbers as the rows have room for. No swap writes to it",
     "base_layers": "the base: no swap writes to it",
     "bar_rows": "{rows} of {name}'s {own} rows (its rank is {own})",
     "bar_layers": "{rows} of {name}'s {own} layers",
-    "room_rows": "zeros (padding): {kept} of {before}, {written} of {after}",
-    "room_layers": "unchanged (zeros): {kept} of {before}, {written} of {after}",
+    "room_rows": "rows of zeros (padding), which add nothing: {kept} not yet written, {written} written",
+    "room_layers": "layers of zeros, which add nothing: {kept} not yet written, {written} written",
     "scaling_rows": "short bar: the scaling, one number that multiplies what the rows add; the last step writes it",
     "scaling_layers": "with each layer goes its scaling, one number that multiplies what its rows add",
     "none": "It gets {short} at once{how}",
@@ -297,8 +297,9 @@ TEXTS = {
     "gets_after": ": right, though the swap is not over.",
     "gets_end": ". The swap is over: move the line back.",
     "reload": "It waits {reload}\u00a0ms while PEFT loads {after}, then gets {new}.",
-    "using": "It waits {using}\u00a0ms until {after} is whole, then gets {new}. Until it is answered, "
-    "the next swap waits.",
+    "using": "It waits {using}\u00a0ms until {after} is whole, then gets {new}. While it is answered, "
+    "no other swap can begin.",
+    "using_end": "{after} is whole: it gets {new}, without waiting for a swap.",
     "loop": "{changed} of pig_latin's {all} layers are written, the others not. Asked {word}, it answers {loop}.",
     "refused": "Asked {word}, it answers {refused}, as before.",
 }
