@@ -368,8 +368,8 @@ class Replica:
             with _failing([answer]):
                 if not are_numbers[row]:
                     raise refused("no_numbers")
+                self.counts["tokens"] += 1  # before its piece is there, since who got that may count
                 tokens[row] = answer.take(logits[row], tokens[row])
-                self.counts["tokens"] += 1
         return tokens
 
 

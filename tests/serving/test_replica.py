@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from test_api import TEXT, sent
 
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
+from hotswap_lab.serving.answers import Answer
 from hotswap_lab.serving.api import openai_api
 
 
@@ -467,6 +469,9 @@ def test_warm_once_and_the_first_answers_need_no_more_calls_than_others(monkeypa
     monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.3)  # till all have come
     replica, calls = replica_of(dict(list(FAMILY.items())[:2])), []
     replica.pool.model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    take = Answer.take
+    # the thread that computes goes on late, after its piece has been received
+    monkeypatch.setattr(Answer, "take", lambda *given: (take(*given), time.sleep(0.05))[0])
 
     async def ask(shares):
         return [piece async for piece in replica.answer(Request(prompt="hotswap>", shares=shares, max_tokens=3))]
@@ -479,6 +484,7 @@ def test_warm_once_and_the_first_answers_need_no_more_calls_than_others(monkeypa
 
     async def run():
         await replica.warm()
+        await asyncio.sleep(0.1)
         assert replica.state["requests"] == replica.state["tokens"] == 0
         return await count(), await count()
 
