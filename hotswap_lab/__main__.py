@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -47,18 +48,24 @@ def show(adapter: str) -> Told:
     from .files.summary import summary_of
 
     folder = Path(adapter)
-    inside = [] if (folder / "adapter_config.json").exists() else sorted(folder.glob("*/adapter_config.json"))
-    told, damaged = [], []
-    for each in [file.parent for file in inside] or [adapter]:
+    inside = [] if (folder / "adapter_config.json").exists() else [*folder.glob("*/adapter_config.json")]
+    rows, told, damaged = [("adapter", "method", "ranks", "alphas", "layers", "size", "base")], [], []
+    for each in sorted((file.parent for file in inside), key=_in_order) or [adapter]:
         try:
             told.append(summary_of(each))
+            rows.append(told[-1].row)
         except HotswapError as error:
             if not inside:
                 raise
             damaged.append(str(error))
-    header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
-    text = "\n".join([*text_table(header, [each.row for each in told]), *map(wrapped, damaged)])
+            rows.append((Path(each).name, "damaged: see below", *"-----"))
+    text = "\n".join([*text_table(rows[0], rows[1:]), *map(wrapped, damaged)])
     return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
+
+
+def _in_order(folder: Path) -> list[Any]:
+    """The key to sort by: checkpoint-15 comes before checkpoint-100."""
+    return [int(each) if each.isdecimal() else each for each in re.split(r"(\d+)", folder.name)]
 
 
 def plan(base: str, a: str, b: str) -> Told:
@@ -246,7 +253,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without the characters of a name
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, and not at Python's end, where an error can't be handled
+    except BrokenPipeError:  # such as `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 0
+
+
+def _main(given: list[str]) -> int:
     as_json = "--json" in given and given[:1] != ["bench"]
     try:
         if given[:1] == ["bench"]:
@@ -261,10 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)
-        print(_as_json(told) if as_json else told.text, flush=True)
-    except BrokenPipeError:  # such as `head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-        return 0
+        print(_as_json(told) if as_json else told.text)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
         advised = advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error
         if as_json:

@@ -202,6 +202,84 @@ def test_show_a_part_of_a_file(capsys, tmp_path):
     assert "not fully covered" in capsys.readouterr().out
 
 
+#: what a config may say, and what is told of it; None if the adapter is shown
+CONFIGS = [
+    ("alpha_pattern", ["x"], "alpha_pattern = ['x']"),
+    ("base_model_name_or_path", 5, "base_model_name_or_path = 5"),
+    ("peft_type", 5, "peft_type=5"),
+    ("lora_alpha", "8", "alpha = '8'"),
+    ("lora_alpha", 10**400, "alpha = 1000"),
+    ("lora_alpha", float("nan"), "alpha = nan"),
+    ("lora_alpha", float("inf"), "alpha = inf"),
+    ("lora_alpha", [1], "alpha = [1]"),
+    ("lora_dropout", float("inf"), None),
+]
+
+
+def test_show_what_is_wrong_with_each(capsys, tmp_path):
+    """One bad config doesn't keep the others from being shown, whatever is in it."""
+    config = json.loads(Path(demo.adapter_path("sort"), "adapter_config.json").read_text())
+    texts = {f"other {at}": (json.dumps(config | {key: value}), said) for at, (key, value, said) in enumerate(CONFIGS)}
+    texts |= {"brackets": ("[" * 100_000, "RecursionError"), "empty": ("", "JSONDecodeError")}
+    for name, (text, _) in texts.items():
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    assert main(["show", str(tmp_path)]) == 1
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert sorted(name for name in texts for row in rows if re.match(rf"{name} +(LORA|damaged)", row)) == sorted(texts)
+    code, found = told(capsys, "show", str(tmp_path))
+    assert (code, found["ok"]) == (1, False)
+    assert {each["name"] for each in found["adapters"]} == {name for name, (_, said) in texts.items() if said is None}
+    for name, (_, said) in texts.items():
+        if said is not None:
+            assert main(["show", str(tmp_path / name)]) == 1
+            error = " ".join(capsys.readouterr().err.split())
+            assert str(tmp_path / name) in error
+            assert said in error
+            assert [each for each in found["damaged"] if str(tmp_path / name) in each and said in each]
+
+
+def test_what_a_file_says_reaches_a_terminal_escaped(capsys, tmp_path):
+    """Line breaks too, in a table, in a note and in a refusal; a name, too."""
+    evil, escaped = "\x1b[31mred\n\u202eline", r"\x1b[31mred\n\u202eline"
+    config = json.loads(Path(demo.adapter_path("sort"), "adapter_config.json").read_text())
+    for name, key in ((f"a{evil}", "r"), ("base", "base_model_name_or_path"), ("kind", "peft_type")):
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+        changed = config if key == "r" else config | {key: evil}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(changed))
+    sort = demo.adapter_path("sort")
+    for asked, times in (
+        (["show", str(tmp_path)], 3),
+        *((["plan", BASE, sort, str(tmp_path / name)], 1) for name in (f"a{evil}", "base", "kind")),
+    ):
+        main(asked)
+        printed = "".join(capsys.readouterr())
+        assert "".join(printed.split()).count(escaped) == times, asked
+        assert all(each.isprintable() for each in printed.splitlines())
+        assert printed.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_name_that_the_terminal_lacks(tmp_path, encoding):
+    """The last is a byte that is no UTF-8, as Linux allows in names."""
+    for name in ("\u00fc", "z\udcff"):
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+    command = [sys.executable, "-m", "hotswap_lab", "show", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, timeout=60)
+    names = [line.split()[0] for line in done.stdout.decode().splitlines()]
+    assert (done.returncode, done.stderr, names) == (0, b"", ["adapter", *NAMES[encoding]])
+
+
+NAMES = {"ascii": [r"z\udcff", r"\xfc"], "utf-8": [r"z\udcff", "\u00fc"]}
+
+
+def test_checkpoints_are_shown_by_their_numbers(capsys, tmp_path):
+    names = ["checkpoint-5", "checkpoint-10", "checkpoint-15", "checkpoint-100", "checkpoint-x"]
+    for name in names:
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+    assert [each["name"] for each in told(capsys, "show", str(tmp_path))[1]["adapters"]] == names
+
+
 def test_plan_needs_no_weights(capsys, tmp_path):
     """A base with a config alone; the plan is the one that a loaded model gives."""
     (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
@@ -272,13 +350,17 @@ def test_an_adapter_that_does_not_fit_the_base(capsys, tmp_path, command):
         assert "next: " in error
 
 
-@pytest.mark.parametrize("command", [f"show {demo.adapter_path('sort')}", long("bench --model demo --n 1")])
+HELP, SHOW = "plan --help", f"show {demo.adapter_path('sort')}"
+
+
+@pytest.mark.parametrize("command", [HELP, SHOW, long("bench --model demo --n 1")])
 def test_a_reader_that_has_read_enough(command):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as writer:
         command = [sys.executable, "-m", "hotswap_lab", *command.split()]
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     progress = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
     assert (done.returncode, done.stderr.splitlines(), bool(progress)) == (0, progress, "bench" in command)
 
