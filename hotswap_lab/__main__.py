@@ -71,7 +71,7 @@ def _in_order(folder: Path) -> list[Any]:
 def plan(base: str, a: str, b: str) -> Told:
     """A dry run on a base that has shapes and no values."""
     import torch
-    from peft import get_peft_model
+    from peft import PeftModel
 
     from .beyond.base_values import base_weights_in
     from .beyond.configs import extra_state
@@ -87,18 +87,25 @@ def plan(base: str, a: str, b: str) -> Told:
         if config.peft_type == "LORA":
             needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
             needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
-            needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
+            needs = [*dict.fromkeys(needs)] or [
+                *base_weights_in(model, adapter)
+            ]  # a file may have others than the base model
         if needs:
             found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
             return Told(wrapped(found), ok=None, needs=needs)
-    with torch.device("meta"):
-        model = _with_adapter(model, a, lambda model, _: get_peft_model(model, configs[0]))
-    for path, parameter in list(model.named_parameters()):
-        if "lora_" in path:  # an adapter needs memory to be planned for, though no values
-            owner, _, name = path.rpartition(".")
-            memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-            model.get_submodule(owner)._parameters[name] = memory
-    found = plan_hotswap(model, b)
+
+    def load(model: Any, adapter: str) -> Any:
+        with torch.device("meta"):  # PEFT compares the shapes, and allocates nothing for any rank
+            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu", low_cpu_mem_usage=True)
+        for path, parameter in list(model.named_parameters()):
+            if "lora_" in path:  # an adapter needs memory to be planned for, though no values
+                owner, _, name = path.rpartition(".")
+                memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                model.get_submodule(owner)._parameters[name] = memory
+        return model
+
+    # no base weights are lost, since A's file has none
+    found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
     text = wrapped(str(found).replace("in the `refusals` of this plan", "printed with --json"))

@@ -19,7 +19,7 @@ from adapters import with_base_weights
 from lengths import long
 from peft import IA3Config, PeftModel
 from row_truth import together
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 import hotswap_lab
@@ -296,6 +296,46 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert max(map(len, lines)) <= 80
         assert not code or re.search(r"\n  found:    .*\n {12}model", "\n".join(lines))
         assert "add_layers" not in "".join(lines)
+
+
+def deeper(tensors):
+    return tensors | {key.replace("layers.0.", "layers.9."): each.clone() for key, each in tensors.items()}
+
+
+def with_embeddings(tensors):
+    return tensors | {"base_model.model.model.embed_tokens.weight": torch.randn(98, 128)}
+
+
+#: changes of an adapter, and the exit codes of a plan with it as B and as A
+PLANNED = {
+    "the same": ({}, dict, 0, 0),
+    "for a deeper model": ({}, deeper, 1, 0),
+    "with embeddings": ({}, with_embeddings, 3, 3),
+    "of a wider model": ({}, lambda tensors: {key: torch.cat([each, each], 1) for key, each in tensors.items()}, 1, 1),
+    "incomplete": ({}, lambda tensors: dict([*tensors.items()][1:]), 1, 0),
+    "with other names": ({}, lambda tensors: {key.replace("layers", "blocks"): tensors[key] for key in tensors}, 1, 0),
+    "on no layer": ({"target_modules": ["nowhere"]}, dict, 1, 1),
+    "with rsLoRA": ({"use_rslora": True}, dict, 0, 0),
+    "of another initialization": ({"init_lora_weights": "pissa"}, dict, 3, 3),
+    "of a huge rank": ({"r": 10**9, "rank_pattern": {}}, dict, 1, 1),
+    "of a huge rank, with other names": ({"r": 10**9}, lambda tensors: {"base_model.model.x": torch.ones(2)}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("change", PLANNED)
+def test_a_plan_and_verify_agree(tmp_path, change):
+    """What a plan decides without the base's values is what the swap does; no rank of a config is allocated."""
+    reverse, other, (config, of_tensors, *expected) = demo.adapter_path("reverse"), tmp_path / "other", PLANNED[change]
+    shutil.copytree(reverse, other)
+    (other / "adapter_config.json").write_text(
+        json.dumps(json.loads((other / "adapter_config.json").read_text()) | config)
+    )
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(of_tensors(tensors), other / "adapter_model.safetensors")
+    for pair, code in zip(((reverse, str(other)), (str(other), reverse)), expected, strict=True):
+        assert main(["plan", BASE, *pair]) == code
+        if code != 3 and config.get("r") != 10**9:  # verify would allocate it
+            assert main(["verify", BASE, *pair]) == code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
