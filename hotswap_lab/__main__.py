@@ -21,6 +21,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from .core.report import text_table, wrapped
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of a refusal, and what it is in a terminal; a plan has no values to add layers with
+#: the advice of a refusal, and what it is in a terminal, of advice.txt; a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
-IN_COMMANDS = {ADD: "pass --add-layers to add them, or name the adapter with the most layers first, as A"}
-IN_PLAN = {ADD: "plan B A instead, the adapter with the most layers first; or `hotswap-lab verify --add-layers`"}
+TEXTS = [line.split(" ->") for line in Path(__file__).with_name("advice.txt").read_text("utf-8").splitlines()]
+IN_COMMANDS = {python: command.strip() for python, command in TEXTS}
+IN_PLAN = IN_COMMANDS | {ADD: "plan B A instead, the adapter with the most layers first; or `verify --add-layers`"}
+#: where a text says that there is more
+IN_JSON = partial(re.compile(r"in the `refusals` of this (error|plan)").sub, "printed with --json")
 
 
 class Told(dict[str, Any]):
@@ -86,10 +90,7 @@ def plan(base: str, a: str, b: str) -> Told:
         needs = [config.peft_type.value]
         if config.peft_type == "LORA":
             needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
-            needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
-            needs = [*dict.fromkeys(needs)] or [
-                *base_weights_in(model, adapter)
-            ]  # a file may have others than the base model
+            needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
         if needs:
             found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
             return Told(wrapped(found), ok=None, needs=needs)
@@ -108,18 +109,22 @@ def plan(base: str, a: str, b: str) -> Told:
     found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
-    text = wrapped(str(found).replace("in the `refusals` of this plan", "printed with --json"))
+    text = wrapped(IN_JSON(str(found)))
     return Told(text, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
 def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A swap, compared with a fresh load on the same base."""
     from .swap import hotswap_adapter
-    from .verify import verify_hotswap
+    from .verify import InputsError, verify_hotswap
 
     model, originals = _loaded(base, a)
     hotswap_adapter(model, b, "default", add_layers=add_layers, base_weights=originals)
-    verdict = verify_hotswap(model, b, base=lambda: _model(base))
+    try:
+        verdict = verify_hotswap(model, b, base=lambda: _model(base))
+    except InputsError as error:
+        found = f"not decided without inputs of your own: {error.refusals[0].found}"
+        return Told(wrapped(f"{found}; in Python, verify_hotswap takes inputs"), ok=None, needs=["inputs"])
     return Told(wrapped(verdict), ok=bool(verdict), **vars(verdict))
 
 
@@ -144,8 +149,12 @@ def _model(base: str, is_empty: bool = False) -> Any:
     """The base model, of the class that its config names; or only its modules, whatever torch's default device is."""
     import transformers
 
+    from .files.hub import fetch
+
     transformers.logging.disable_progress_bar()
     try:
+        if not os.path.isdir(base):
+            fetch(base, "config.json", {})
         config = transformers.AutoConfig.from_pretrained(base)
         if not config.architectures:
             raise ValueError("its config.json names no class under `architectures`")
@@ -225,7 +234,9 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def pair(text: str) -> tuple[str, str]:
-    name, value = text.split("=", 1)  # a ValueError of it is wrong use
+    name, is_pair, value = text.partition("=")
+    if not is_pair:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE, such as rows=4")
     return name, value
 
 
@@ -298,8 +309,9 @@ def _main(given: list[str]) -> int:
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
         advised = advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error
         if as_json:
-            print(_as_json({"ok": False, "error": str(advised)}))
-        print(wrapped(advised), file=sys.stderr)
+            reasons = [vars(each) for each in getattr(advised, "refusals", ())]
+            print(_as_json({"ok": False, "error": str(advised), "refusals": reasons}))
+        print(wrapped(IN_JSON(str(advised))), file=sys.stderr)
         return 1
     except SystemExit as error:
         if as_json and error.code == 2:

@@ -15,16 +15,27 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import transformers
 from adapters import with_base_weights
 from lengths import long
 from peft import IA3Config, PeftModel
 from row_truth import together
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from test_advice import texts as advice_texts
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPConfig,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    WhisperConfig,
+)
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import Told, main
+from hotswap_lab.__main__ import IN_COMMANDS, Told, main
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.lessons import tour
 
@@ -128,7 +139,7 @@ def test_the_commands_say_what_they_take(capsys):
         (["show", ""], 2, "an empty path"),
         (["mix", BASE, f"{demo.adapter_path('sort')}:1", "--out", ""], 2, "an empty path"),
         (["mix", BASE, ":1", "--out", "folder"], 2, "an empty path"),
-        (["serve", "--set", "rows"], 2, "invalid pair value: 'rows'"),
+        (["serve", "--set", "rows"], 2, "rows is not NAME=VALUE"),
         (["nothing"], 2, "invalid choice"),
     ],
 )
@@ -143,6 +154,20 @@ def test_each_error_is_one_json_document_too(capsys, monkeypatch, tmp_path, argu
     assert said in " ".join(printed.err.split())
     assert code == 2 or said in json.loads(printed.out)["error"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_cannot_be_reached(capsys, monkeypatch):
+    """One request, in place of half a minute of repeated ones."""
+
+    def no_network(*_, **how):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("hotswap_lab.files.hub.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    sort = demo.adapter_path("sort")
+    for command in (["plan", "team/nowhere", sort, sort], ["serve", "team/nowhere"]):
+        assert main(command) == 1
+        assert "team/nowhere: ConnectionError: no network" in capsys.readouterr().err
 
 
 def test_json_has_no_nan(capsys, monkeypatch):
@@ -421,6 +446,86 @@ def test_verify(capsys):
     )
     assert max(map(len, error.splitlines())) <= 80
     assert told(capsys, "verify", BASE, fewer, second, "--add-layers")[1]["ok"] is True
+
+
+SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+WHISPER = {
+    f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))
+}
+WHISPER |= dict(d_model=16, vocab_size=9, num_mel_bins=8, max_source_positions=20, max_target_positions=20)
+WHISPER |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+WAV2VEC = dict(conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), vocab_size=20)
+WAV2VEC |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+IMAGES = dict(image_size=32, patch_size=8)
+CLIP = dict(text_config=SMALL | {"vocab_size": 99, "max_position_embeddings": 20}, vision_config=SMALL | IMAGES)
+#: classes of models that aren't for text, their configs, a layer of each, and what verify says
+OTHER_MODELS = {
+    "ViTForImageClassification": (ViTConfig(**SMALL, **IMAGES), "classifier", 0),
+    "ResNetForImageClassification": (
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+        "embedder.convolution",
+        0,
+    ),
+    "WhisperForConditionalGeneration": (WhisperConfig(**WHISPER, decoder_start_token_id=3), "self_attn.q_proj", 0),
+    "Wav2Vec2ForCTC": (Wav2Vec2Config(**SMALL, **WAV2VEC), "attention.q_proj", 0),
+    "CLIPModel": (CLIPConfig(**CLIP), "self_attn.q_proj", 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_verify_models_that_are_not_for_text(capsys, tmp_path, name):
+    """Their inputs are made from their config; where that says too little, nothing is decided."""
+    config, layer, code = OTHER_MODELS[name]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(tmp_path / "base")
+    kind = models.Kind(lambda: getattr(transformers, name).from_pretrained(tmp_path / "base"), dict, (layer,))
+    pair = [models.save_random_adapter(kind, tmp_path / str(seed), seed, r=2, lora_alpha=64) for seed in (1, 2)]
+    found, verdict = told(capsys, "verify", str(tmp_path / "base"), *pair)
+    assert (found, verdict["ok"]) == (code, {0: True, 3: None}[code])
+    assert main(["verify", str(tmp_path / "base"), *pair]) == code
+    assert code == 0 or "not decided without inputs of your own: a CLIPModel" in capsys.readouterr().out
+
+
+def test_a_mix_of_classifiers(capsys, tmp_path):
+    """It is refused as a mix; nobody has asked for a strength."""
+    BertForSequenceClassification(BertConfig(**SMALL, vocab_size=99)).save_pretrained(tmp_path / "base")
+    kind = models.Kind(lambda: BertForSequenceClassification.from_pretrained(tmp_path / "base"), dict, ("query",))
+    adapters = [
+        models.save_random_adapter(kind, tmp_path / str(seed), seed, r=2, task_type="SEQ_CLS") for seed in (1, 2)
+    ]
+    asked = ["mix", str(tmp_path / "base"), *(f"{each}:0.5" for each in adapters), "--out", str(tmp_path / "out")]
+    assert main(asked) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.match(r"The adapters .* can't be mixed. found: an adapter with modules_to_save", error)
+
+
+#: what is asked, and the advice of the refusal, which is about the command
+ADVISED = [
+    (["plan", BASE, str(demo.ADAPTERS_DIR), "SORT"], "pass one of them, such as .*/caesar'"),
+    (["verify", BASE, "IA3", "SORT"], "name two of the same type"),
+    (["mix", BASE, "SORT:1", "BIAS:1", "--out", "OUT"], "mix others"),
+    (["plan", BASE, "SORT", "NAN"], "get an undamaged copy"),
+]
+
+
+@pytest.mark.parametrize(("asked", "advice"), ADVISED)
+def test_what_is_advised_is_about_the_command(capsys, tmp_path, asked, advice):
+    kind = models.Kind(demo.load_base, dict, ("q_proj",))
+    places = {"SORT": demo.adapter_path("sort"), "OUT": str(tmp_path / "out")}
+    places |= {"IA3": ia3(tmp_path / "ia3"), "NAN": str(shutil.copytree(places["SORT"], tmp_path / "nan"))}
+    tensors = load_file(f"{places['NAN']}/adapter_model.safetensors")
+    save_file({key: each * float("nan") for key, each in tensors.items()}, f"{places['NAN']}/adapter_model.safetensors")
+    places["BIAS"] = models.save_random_adapter(kind, tmp_path / "bias", 0, r=4, bias="all")
+    code, found = told(capsys, *(re.sub("|".join(places), lambda name: places[name[0]], each) for each in asked))
+    assert code == 1
+    assert re.fullmatch(advice, found["refusals"][0]["next_step"])
+
+
+def test_each_advice_that_is_put_in_other_words_exists():
+    texts = [each.replace("{{", "{").replace("}}", "}") for _, each in advice_texts()]
+    lacking = {old for old in IN_COMMANDS if not any(old in each for each in texts)}
+    # these two are in the code, and are tested above
+    assert {each[:12] for each in lacking} == {"; all: Adapt", ", or pass al"}
 
 
 def test_mix(capsys, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..beyond.base_values import copies_for
 from ..core.errors import HotswapError, listing, refusal, refused
+from ..files.hub import fetch
 from ..files.reading import read
 from .replica import Options, Replica
 from .table import Version, check_rank
@@ -109,6 +110,8 @@ def _number(name: str, value: object) -> int:
 
 def _for_base(options: Options, base: str) -> Options:
     try:
+        if not os.path.isdir(base):
+            fetch(base, "config.json", {})
         config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     except Exception as error:  # of any kind: transformers has no common one
         raise refused("no_base", base=base, error=error) from None

@@ -30,10 +30,7 @@ GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
 #: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS = {
-    "pass add_layers=True to add them, or load the adapter that targets the most layers first": "start the server with "
-    "layers=all-linear, or with a list of these layers' names, which reserves them; or with this adapter"
-}
+IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with layers=all-linear, or with"}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
