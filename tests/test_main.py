@@ -7,11 +7,13 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import models
 import pytest
 import torch
@@ -35,7 +37,7 @@ from transformers import (
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import IN_COMMANDS, Told, main
+from hotswap_lab.__main__ import IN_COMMANDS, Told, _as_json, _parser, main, show
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.lessons import tour
 
@@ -115,10 +117,56 @@ def test_each_public_name_has_an_example(name):
     assert ">>> " in text
 
 
+SCHEMAS = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "commands.py"))["schemas"]()
+
+
 def told(capsys, *arguments):
-    """The exit code and what a command printed as JSON."""
+    """The exit code and what a command printed as JSON, which is as its schema says."""
     code = main(["--json", *arguments])
-    return code, json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMAS[arguments[0]])
+    return code, found
+
+
+def test_each_command_has_a_schema():
+    """One that refuses a document with a field too many or too few."""
+    (commands,) = [each for each in _parser()._actions if each.dest == "command"]
+    assert {*commands.choices} - {*SCHEMAS} == {"serve", "bench"}  # one prints no document, the other writes a file
+    found = json.loads(_as_json(show(str(demo.ADAPTERS_DIR))))
+    for changed in (found | {"more": 1}, {"ok": True}, found | {"adapters": [found["adapters"][0] | {"ranks": ["4"]}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed, SCHEMAS["show"])
+    jsonschema.validate(found, SCHEMAS["show"])
+
+
+#: commands as they are piped into a program: the arguments, and the exit code
+SORT, REVERSE, DOUBLE = (demo.adapter_path(name) for name in ("sort", "reverse", "double"))
+PIPED = [
+    (["show", str(demo.ADAPTERS_DIR)], 0),
+    (["show", "/nowhere"], 1),
+    (["show"], 2),
+    long(["plan", BASE, REVERSE, SORT], 0),
+    long(["plan", BASE, DOUBLE, SORT], 1),
+    long(["verify", BASE, REVERSE, SORT], 0),
+    long(["verify", BASE, DOUBLE, SORT], 1),
+    long(["mix", BASE, f"{REVERSE}:1", "--out", "new"], 0),
+    long(["mix", BASE, f"{SORT}:nan", "--out", "new"], 1),
+    long(["tour", "--repeats", "1"], 0),
+    (["tour", "--word", "A b"], 2),
+    (["serve", "--set", "rows"], 2),
+    long(["serve", "--set", "rows=0"], 1),
+]
+
+
+@pytest.mark.parametrize(("command", "code"), PIPED)
+def test_what_is_piped_is_one_document(tmp_path, command, code):
+    """Through a real pipe, with all that libraries print from other languages."""
+    asked = [sys.executable, "-m", "hotswap_lab", *command, "--json"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=os.environ | paths, timeout=300)
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert (done.returncode, found["ok"]) == (code, code == 0)
+    jsonschema.validate(found, SCHEMAS[command[0] if command[0] in SCHEMAS else "show"])
 
 
 def test_the_commands_say_what_they_take(capsys):
@@ -151,6 +199,7 @@ def test_each_error_is_one_json_document_too(capsys, monkeypatch, tmp_path, argu
         found = error.code
     printed = capsys.readouterr()
     assert (found, json.loads(printed.out)["ok"]) == (code, False)
+    jsonschema.validate(json.loads(printed.out), SCHEMAS["show"])
     assert said in " ".join(printed.err.split())
     assert code == 2 or said in json.loads(printed.out)["error"]
     assert not list(tmp_path.iterdir())
@@ -172,10 +221,11 @@ def test_a_base_that_cannot_be_reached(capsys, monkeypatch):
 
 def test_json_has_no_nan(capsys, monkeypatch):
     def show(adapter):
-        return Told("", ok=True, size=float("nan"))
+        return Told("", ok=True, adapters=[], damaged=[], size=float("nan"))
 
     monkeypatch.setattr("hotswap_lab.__main__.show", show)
-    assert told(capsys, "show", demo.adapter_path("sort")) == (0, {"ok": True, "size": None})
+    assert main(["--json", "show", demo.adapter_path("sort")]) == 0
+    assert json.loads(capsys.readouterr().out)["size"] is None
 
 
 def test_set_may_be_given_twice(monkeypatch):
