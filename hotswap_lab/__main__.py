@@ -21,7 +21,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from .core.report import text_table, wrapped
 
 #: the advice of a refusal, and what it is in a terminal, of advice.txt; a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
-TEXTS = [line.split(" ->") for line in Path(__file__).with_name("advice.txt").read_text("utf-8").splitlines()]
-IN_COMMANDS = {python: command.strip() for python, command in TEXTS}
-IN_PLAN = IN_COMMANDS | {ADD: "plan B A instead, the adapter with the most layers first; or `verify --add-layers`"}
-#: where a text says that there is more
-IN_JSON = partial(re.compile(r"in the `refusals` of this (error|plan)").sub, "printed with --json")
+LINES: list[str] = Path(__file__).with_name("advice.txt").read_text("utf-8").splitlines()
+IN_COMMANDS: dict[str, str] = {python: command.strip() for python, command in (each.split(" ->") for each in LINES)}
+IN_PLAN: dict[str, str] = IN_COMMANDS | {ADD: "plan B A instead, with the most layers first; or `verify --add-layers`"}
+#: the end of a text that doesn't show all refusals
+MORE: re.Pattern[str] = re.compile("in the `refusals` of this (error|plan)")
 
 
 class Told(dict[str, Any]):
@@ -109,7 +108,7 @@ def plan(base: str, a: str, b: str) -> Told:
     found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
-    text = wrapped(IN_JSON(str(found)))
+    text = wrapped(MORE.sub("printed with --json", str(found)))
     return Told(text, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
@@ -311,7 +310,7 @@ def _main(given: list[str]) -> int:
         if as_json:
             reasons = [vars(each) for each in getattr(advised, "refusals", ())]
             print(_as_json({"ok": False, "error": str(advised), "refusals": reasons}))
-        print(wrapped(IN_JSON(str(advised))), file=sys.stderr)
+        print(wrapped(MORE.sub("printed with --json", str(advised))), file=sys.stderr)
         return 1
     except SystemExit as error:
         if as_json and error.code == 2:

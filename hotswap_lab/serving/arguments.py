@@ -25,7 +25,7 @@ DEMO |= {"longest_prompt": 32, "longest_answer": 32}
 #: the numbers among the arguments, with their defaults; where that is a number other than 0, it must be positive
 NUMBERS: dict[str, int] = {"replicas": 1}
 NUMBERS |= {each.name: each.default for each in fields(Options) if isinstance(each.default, int)}
-TEXTS = [each.name for each in fields(Options) if isinstance(each.default, str)]
+TEXTS: list[str] = [each.name for each in fields(Options) if isinstance(each.default, str)]
 
 
 @dataclass(frozen=True)
