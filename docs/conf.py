@@ -129,6 +129,21 @@ def fields() -> str:
     return titled("The fields of a request", *parts)
 
 
+def commands() -> str:
+    """What each command prints with ``--json``."""
+    text = (
+        "``hotswap-lab COMMAND --json`` prints one JSON document, whatever happens: one of those below. ``ok`` is true "
+    )
+    text += (
+        "with the exit code 0, false with 1 (refused or different) and 2 (wrong use), and null with 3 (not decided)."
+    )
+    parts = []
+    for name, schema in runpy.run_path(str(DOCS / "commands.py"))["schemas"]().items():
+        lines = json.dumps(schema, indent=1).splitlines()
+        parts.append(f".. rubric:: {name}\n\n{listing('.. code-block:: json', lines)}")
+    return titled("The JSON of the commands", text, *parts)
+
+
 def pages() -> dict[str, str]:
     """The pages of the API by the names of their files: one for each public name, for each module, and a list."""
     names = sorted(public(hotswap_lab), key=str.lower)
@@ -139,12 +154,14 @@ def pages() -> dict[str, str]:
         found[path] = titled(module.__name__, head, *(described(module.__name__, name) for name in public(module)))
     others = [f"hotswap_lab.{each}".rpartition(".") for each in OTHERS.split()]
     found["fields"] = fields()
+    found["commands"] = commands()
     found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
     tables = [
         listing(SUMMARY, [f"~hotswap_lab.{name}" for name in names]),
         ".. rubric:: Modules",
         listing(SUMMARY, [f"hotswap_lab.{path}" for path in MODULES.split()]),
         "The fields of a request to a server are on a :doc:`page of their own <fields>`.",
+        "The JSON that commands print is on a :doc:`page of its own <commands>`.",
         "The classes that these return or take are on a :doc:`page of their own <others>`.",
     ]
     return {**found, "index": titled("API", listing(".. toctree::\n   :hidden:", found), *tables)}

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,10 +29,13 @@ from .core.report import text_table, wrapped
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of a refusal, and what it is in a terminal; a plan has no values to add layers with
+#: the advice of a refusal, and what it is in a terminal, of advice.txt; a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
-IN_COMMANDS = {ADD: "pass --add-layers to add them, or name the adapter with the most layers first, as A"}
-IN_PLAN = {ADD: "plan B A instead, the adapter with the most layers first; or `hotswap-lab verify --add-layers`"}
+LINES: list[str] = Path(__file__).with_name("advice.txt").read_text("utf-8").splitlines()
+IN_COMMANDS: dict[str, str] = {python: command.strip() for python, command in (each.split(" ->") for each in LINES)}
+IN_PLAN: dict[str, str] = IN_COMMANDS | {ADD: "plan B A instead, with the most layers first; or `verify --add-layers`"}
+#: the end of a text that doesn't show all refusals
+MORE: re.Pattern[str] = re.compile("in the `refusals` of this (error|plan)")
 
 
 class Told(dict[str, Any]):
@@ -47,24 +51,30 @@ def show(adapter: str) -> Told:
     from .files.summary import summary_of
 
     folder = Path(adapter)
-    inside = [] if (folder / "adapter_config.json").exists() else sorted(folder.glob("*/adapter_config.json"))
-    told, damaged = [], []
-    for each in [file.parent for file in inside] or [adapter]:
+    inside = [] if (folder / "adapter_config.json").exists() else [*folder.glob("*/adapter_config.json")]
+    rows, told, damaged = [("adapter", "method", "ranks", "alphas", "layers", "size", "base")], [], []
+    for each in sorted((file.parent for file in inside), key=_in_order) or [adapter]:
         try:
             told.append(summary_of(each))
+            rows.append(told[-1].row)
         except HotswapError as error:
             if not inside:
                 raise
             damaged.append(str(error))
-    header = ("adapter", "method", "ranks", "alphas", "layers", "size", "base")
-    text = "\n".join([*text_table(header, [each.row for each in told]), *map(wrapped, damaged)])
+            rows.append((Path(each).name, "damaged: see below", *"-----"))
+    text = "\n".join([*text_table(rows[0], rows[1:]), *map(wrapped, damaged)])
     return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
+
+
+def _in_order(folder: Path) -> list[Any]:
+    """The key to sort by: checkpoint-15 comes before checkpoint-100."""
+    return [int(each) if each.isdecimal() else each for each in re.split(r"(\d+)", folder.name)]
 
 
 def plan(base: str, a: str, b: str) -> Told:
     """A dry run on a base that has shapes and no values."""
     import torch
-    from peft import get_peft_model
+    from peft import PeftModel
 
     from .beyond.base_values import base_weights_in
     from .beyond.configs import extra_state
@@ -79,33 +89,41 @@ def plan(base: str, a: str, b: str) -> Told:
         needs = [config.peft_type.value]
         if config.peft_type == "LORA":
             needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
-            needs += [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
             needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
         if needs:
             found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
             return Told(wrapped(found), ok=None, needs=needs)
-    with torch.device("meta"):
-        model = _with_adapter(model, a, lambda model, _: get_peft_model(model, configs[0]))
-    for path, parameter in list(model.named_parameters()):
-        if "lora_" in path:  # an adapter needs memory to be planned for, though no values
-            owner, _, name = path.rpartition(".")
-            memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-            model.get_submodule(owner)._parameters[name] = memory
-    found = plan_hotswap(model, b)
+
+    def load(model: Any, adapter: str) -> Any:
+        with torch.device("meta"):  # PEFT compares the shapes, and allocates nothing for any rank
+            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu", low_cpu_mem_usage=True)
+        for path, parameter in list(model.named_parameters()):
+            if "lora_" in path:  # an adapter needs memory to be planned for, though no values
+                owner, _, name = path.rpartition(".")
+                memory = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                model.get_submodule(owner)._parameters[name] = memory
+        return model
+
+    # no base weights are lost, since A's file has none
+    found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
-    text = wrapped(str(found).replace("in the `refusals` of this plan", "printed with --json"))
+    text = wrapped(MORE.sub("printed with --json", str(found)))
     return Told(text, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
 
 
 def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     """A swap, compared with a fresh load on the same base."""
     from .swap import hotswap_adapter
-    from .verify import verify_hotswap
+    from .verify import InputsError, verify_hotswap
 
     model, originals = _loaded(base, a)
     hotswap_adapter(model, b, "default", add_layers=add_layers, base_weights=originals)
-    verdict = verify_hotswap(model, b, base=lambda: _model(base))
+    try:
+        verdict = verify_hotswap(model, b, base=lambda: _model(base))
+    except InputsError as error:
+        found = f"not decided without inputs of your own: {error.refusals[0].found}"
+        return Told(wrapped(f"{found}; in Python, verify_hotswap takes inputs"), ok=None, needs=["inputs"])
     return Told(wrapped(verdict), ok=bool(verdict), **vars(verdict))
 
 
@@ -130,8 +148,12 @@ def _model(base: str, is_empty: bool = False) -> Any:
     """The base model, of the class that its config names; or only its modules, whatever torch's default device is."""
     import transformers
 
+    from .files.hub import fetch
+
     transformers.logging.disable_progress_bar()
     try:
+        if not os.path.isdir(base):
+            fetch(base, "config.json", {})
         config = transformers.AutoConfig.from_pretrained(base)
         if not config.architectures:
             raise ValueError("its config.json names no class under `architectures`")
@@ -171,11 +193,16 @@ def serve(base: str | None, adapters: str, host: str, port: int, arguments: list
     """OpenAI's API in front of a folder of adapters, in this process, until Ctrl-C."""
     import asyncio
 
-    from .serving.one_process import run
+    from .serving.one_process import PortError, run
 
     given = {"base": base, "adapters": adapters} if base else {}
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(given | dict(arguments), host, port))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(run(given | dict(arguments), host, port))
+    except PortError as error:  # wrong use: one line, as of an argument that is out of its range
+        (found,) = error.refusals
+        print(f"hotswap-lab serve: error: {found.summary} {found.found}; {found.next_step}", file=sys.stderr)
+        raise SystemExit(2) from None
     return Told("", ok=True)
 
 
@@ -206,7 +233,9 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def pair(text: str) -> tuple[str, str]:
-    name, value = text.split("=", 1)  # a ValueError of it is wrong use
+    name, is_pair, value = text.partition("=")
+    if not is_pair:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE, such as rows=4")
     return name, value
 
 
@@ -246,7 +275,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without the characters of a name
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, and not at Python's end, where an error can't be handled
+    except BrokenPipeError:  # such as `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 0
+
+
+def _main(given: list[str]) -> int:
     as_json = "--json" in given and given[:1] != ["bench"]
     try:
         if given[:1] == ["bench"]:
@@ -261,15 +302,15 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of its own code
             told = run(**options)
-        print(_as_json(told) if as_json else told.text, flush=True)
-    except BrokenPipeError:  # such as `head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-        return 0
+        print(_as_json(told) if as_json else told.text)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
         advised = advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error
         if as_json:
-            print(_as_json({"ok": False, "error": str(advised)}))
-        print(wrapped(advised), file=sys.stderr)
+            reasons = [vars(each) for each in getattr(advised, "refusals", ())]
+            print(_as_json({"ok": False, "error": str(advised), "refusals": reasons}))
+        print(wrapped(MORE.sub("printed with --json", str(advised))), file=sys.stderr)
         return 1
     except SystemExit as error:
         if as_json and error.code == 2:

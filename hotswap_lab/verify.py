@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -31,7 +32,7 @@ from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
-from .core.errors import refused
+from .core.errors import HotswapError, refusal, refused
 from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
 from .core.journal import Journal
 from .core.settings import PROVENANCE
@@ -57,6 +58,18 @@ SHOWN = 10
 #: the start of the names of config fields and of base weights, and the separator of a layer's path and its table's
 CONFIG, BASE, TABLE = "config.", "the base model's ", ": "
 TRAINED = f"{TABLE}requires_grad in "
+
+
+#: the shape of an image or a sound by its name among a model's arguments, from what the model's config says
+SHAPES: dict[Any, Callable[[Any], tuple[int, ...]]] = {
+    "pixel_values": lambda config: (2, config.num_channels, *[getattr(config, "image_size", 224)] * 2),
+    "input_features": lambda config: (2, config.num_mel_bins, 2 * config.max_source_positions),
+    "input_values": lambda config: (2, 16_000),
+}
+
+
+class InputsError(HotswapError):
+    """The model can't be called without inputs of the caller's."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +171,10 @@ def verify_hotswap(
     adapter_name:
         Its name in the model. Default: the only adapter in the model.
     inputs:
-        The inputs for both models: a dict of keyword arguments, a tuple of arguments, or one tensor. Default:
-        the ``dummy_inputs`` of transformers models. A compiled model is compiled once more for a shape that it has not
-        seen, so pass inputs that it was called with before.
+        The inputs for both models: a dict of keyword arguments, a tuple of arguments, or one tensor. Default, for
+        transformers models: numbers of the shape that the config gives to images and sounds, or the ``dummy_inputs``. A
+        compiled model is compiled once more for a shape that it has not seen, so pass inputs that it was called with
+        before.
     base:
         Makes a fresh base model, ``lambda: AutoModelForCausalLM.from_pretrained(...)``. Its weights and buffers are
         compared, too, up to rounding, except for those that are offloaded. Default: a copy of the model's own base
@@ -193,13 +207,13 @@ def verify_hotswap(
         host = slot.host
         _check_active(host, name)
         if is_example := inputs is None:
-            inputs = getattr(host.base, "dummy_inputs", ())
+            inputs = _example_inputs(host.base)
         try:
             live_outputs = _call(model, inputs)
         except (AttributeError, TypeError, ValueError) as error:  # of a model that needs other inputs, as Whisper
             if not is_example:
                 raise
-            raise refused("no_inputs", name=type(host.base).__name__, error=error) from error
+            raise InputsError(refusal("no_inputs", name=type(host.base).__name__, error=error)) from error
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         how = dict(is_trainable=not host.configs[name].inference_mode)
@@ -274,6 +288,17 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     except BaseException:  # also for Ctrl-C during the line above
         journal.roll_back()
         raise
+
+
+def _example_inputs(base: Any) -> Any:
+    """Inputs for a transformers model: numbers of the shape that its config gives to images or sounds, or its own."""
+    name, config = getattr(base, "main_input_name", None), getattr(base, "config", None)
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        shape = SHAPES[name](config)
+        numbers = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(base.device, base.dtype)
+        start = getattr(config, "decoder_start_token_id", None)
+        return {name: numbers} | ({} if start is None else {"decoder_input_ids": torch.full((2, 1), start)})
+    return getattr(base, "dummy_inputs", ())
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:

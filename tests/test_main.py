@@ -7,24 +7,37 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import models
 import pytest
 import torch
+import transformers
 from adapters import with_base_weights
 from lengths import long
 from peft import IA3Config, PeftModel
 from row_truth import together
-from safetensors.torch import load_file
-from transformers import ViTConfig, ViTForImageClassification
+from safetensors.torch import load_file, save_file
+from test_advice import texts as advice_texts
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPConfig,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    WhisperConfig,
+)
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import Told, main
+from hotswap_lab.__main__ import IN_COMMANDS, Told, _as_json, _parser, main, show
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.lessons import tour
 
@@ -104,10 +117,56 @@ def test_each_public_name_has_an_example(name):
     assert ">>> " in text
 
 
+SCHEMAS = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "commands.py"))["schemas"]()
+
+
 def told(capsys, *arguments):
-    """The exit code and what a command printed as JSON."""
+    """The exit code and what a command printed as JSON, which is as its schema says."""
     code = main(["--json", *arguments])
-    return code, json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMAS[arguments[0]])
+    return code, found
+
+
+def test_each_command_has_a_schema():
+    """One that refuses a document with a field too many or too few."""
+    (commands,) = [each for each in _parser()._actions if each.dest == "command"]
+    assert {*commands.choices} - {*SCHEMAS} == {"serve", "bench"}  # one prints no document, the other writes a file
+    found = json.loads(_as_json(show(str(demo.ADAPTERS_DIR))))
+    for changed in (found | {"more": 1}, {"ok": True}, found | {"adapters": [found["adapters"][0] | {"ranks": ["4"]}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed, SCHEMAS["show"])
+    jsonschema.validate(found, SCHEMAS["show"])
+
+
+#: commands as they are piped into a program: the arguments, and the exit code
+SORT, REVERSE, DOUBLE = (demo.adapter_path(name) for name in ("sort", "reverse", "double"))
+PIPED = [
+    (["show", str(demo.ADAPTERS_DIR)], 0),
+    (["show", "/nowhere"], 1),
+    (["show"], 2),
+    long(["plan", BASE, REVERSE, SORT], 0),
+    long(["plan", BASE, DOUBLE, SORT], 1),
+    long(["verify", BASE, REVERSE, SORT], 0),
+    long(["verify", BASE, DOUBLE, SORT], 1),
+    long(["mix", BASE, f"{REVERSE}:1", "--out", "new"], 0),
+    long(["mix", BASE, f"{SORT}:nan", "--out", "new"], 1),
+    long(["tour", "--repeats", "1"], 0),
+    (["tour", "--word", "A b"], 2),
+    (["serve", "--set", "rows"], 2),
+    long(["serve", "--set", "rows=0"], 1),
+]
+
+
+@pytest.mark.parametrize(("command", "code"), PIPED)
+def test_what_is_piped_is_one_document(tmp_path, command, code):
+    """Through a real pipe, with all that libraries print from other languages."""
+    asked = [sys.executable, "-m", "hotswap_lab", *command, "--json"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=os.environ | paths, timeout=300)
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert (done.returncode, found["ok"]) == (code, code == 0)
+    jsonschema.validate(found, SCHEMAS[command[0] if command[0] in SCHEMAS else "show"])
 
 
 def test_the_commands_say_what_they_take(capsys):
@@ -128,7 +187,7 @@ def test_the_commands_say_what_they_take(capsys):
         (["show", ""], 2, "an empty path"),
         (["mix", BASE, f"{demo.adapter_path('sort')}:1", "--out", ""], 2, "an empty path"),
         (["mix", BASE, ":1", "--out", "folder"], 2, "an empty path"),
-        (["serve", "--set", "rows"], 2, "invalid pair value: 'rows'"),
+        (["serve", "--set", "rows"], 2, "rows is not NAME=VALUE"),
         (["nothing"], 2, "invalid choice"),
     ],
 )
@@ -140,17 +199,33 @@ def test_each_error_is_one_json_document_too(capsys, monkeypatch, tmp_path, argu
         found = error.code
     printed = capsys.readouterr()
     assert (found, json.loads(printed.out)["ok"]) == (code, False)
+    jsonschema.validate(json.loads(printed.out), SCHEMAS["show"])
     assert said in " ".join(printed.err.split())
     assert code == 2 or said in json.loads(printed.out)["error"]
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_that_cannot_be_reached(capsys, monkeypatch):
+    """One request, in place of half a minute of repeated ones."""
+
+    def no_network(*_, **how):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("hotswap_lab.files.hub.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    sort = demo.adapter_path("sort")
+    for command in (["plan", "team/nowhere", sort, sort], ["serve", "team/nowhere"]):
+        assert main(command) == 1
+        assert "team/nowhere: ConnectionError: no network" in capsys.readouterr().err
+
+
 def test_json_has_no_nan(capsys, monkeypatch):
     def show(adapter):
-        return Told("", ok=True, size=float("nan"))
+        return Told("", ok=True, adapters=[], damaged=[], size=float("nan"))
 
     monkeypatch.setattr("hotswap_lab.__main__.show", show)
-    assert told(capsys, "show", demo.adapter_path("sort")) == (0, {"ok": True, "size": None})
+    assert main(["--json", "show", demo.adapter_path("sort")]) == 0
+    assert json.loads(capsys.readouterr().out)["size"] is None
 
 
 def test_set_may_be_given_twice(monkeypatch):
@@ -202,6 +277,84 @@ def test_show_a_part_of_a_file(capsys, tmp_path):
     assert "not fully covered" in capsys.readouterr().out
 
 
+#: what a config may say, and what is told of it; None if the adapter is shown
+CONFIGS = [
+    ("alpha_pattern", ["x"], "alpha_pattern = ['x']"),
+    ("base_model_name_or_path", 5, "base_model_name_or_path = 5"),
+    ("peft_type", 5, "peft_type=5"),
+    ("lora_alpha", "8", "alpha = '8'"),
+    ("lora_alpha", 10**400, "alpha = 1000"),
+    ("lora_alpha", float("nan"), "alpha = nan"),
+    ("lora_alpha", float("inf"), "alpha = inf"),
+    ("lora_alpha", [1], "alpha = [1]"),
+    ("lora_dropout", float("inf"), None),
+]
+
+
+def test_show_what_is_wrong_with_each(capsys, tmp_path):
+    """One bad config doesn't keep the others from being shown, whatever is in it."""
+    config = json.loads(Path(demo.adapter_path("sort"), "adapter_config.json").read_text())
+    texts = {f"other {at}": (json.dumps(config | {key: value}), said) for at, (key, value, said) in enumerate(CONFIGS)}
+    texts |= {"brackets": ("[" * 100_000, "RecursionError"), "empty": ("", "JSONDecodeError")}
+    for name, (text, _) in texts.items():
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    assert main(["show", str(tmp_path)]) == 1
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert sorted(name for name in texts for row in rows if re.match(rf"{name} +(LORA|damaged)", row)) == sorted(texts)
+    code, found = told(capsys, "show", str(tmp_path))
+    assert (code, found["ok"]) == (1, False)
+    assert {each["name"] for each in found["adapters"]} == {name for name, (_, said) in texts.items() if said is None}
+    for name, (_, said) in texts.items():
+        if said is not None:
+            assert main(["show", str(tmp_path / name)]) == 1
+            error = " ".join(capsys.readouterr().err.split())
+            assert str(tmp_path / name) in error
+            assert said in error
+            assert [each for each in found["damaged"] if str(tmp_path / name) in each and said in each]
+
+
+def test_what_a_file_says_reaches_a_terminal_escaped(capsys, tmp_path):
+    """Line breaks too, in a table, in a note and in a refusal; a name, too."""
+    evil, escaped = "\x1b[31mred\n\u202eline", r"\x1b[31mred\n\u202eline"
+    config = json.loads(Path(demo.adapter_path("sort"), "adapter_config.json").read_text())
+    for name, key in ((f"a{evil}", "r"), ("base", "base_model_name_or_path"), ("kind", "peft_type")):
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+        changed = config if key == "r" else config | {key: evil}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(changed))
+    sort = demo.adapter_path("sort")
+    for asked, times in (
+        (["show", str(tmp_path)], 3),
+        *((["plan", BASE, sort, str(tmp_path / name)], 1) for name in (f"a{evil}", "base", "kind")),
+    ):
+        main(asked)
+        printed = "".join(capsys.readouterr())
+        assert "".join(printed.split()).count(escaped) == times, asked
+        assert all(each.isprintable() for each in printed.splitlines())
+        assert printed.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_name_that_the_terminal_lacks(tmp_path, encoding):
+    """The last is a byte that is no UTF-8, as Linux allows in names."""
+    for name in ("\u00fc", "z\udcff"):
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+    command = [sys.executable, "-m", "hotswap_lab", "show", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, timeout=60)
+    names = [line.split()[0] for line in done.stdout.decode().splitlines()]
+    assert (done.returncode, done.stderr, names) == (0, b"", ["adapter", *NAMES[encoding]])
+
+
+NAMES = {"ascii": [r"z\udcff", r"\xfc"], "utf-8": [r"z\udcff", "\u00fc"]}
+
+
+def test_checkpoints_are_shown_by_their_numbers(capsys, tmp_path):
+    names = ["checkpoint-5", "checkpoint-10", "checkpoint-15", "checkpoint-100", "checkpoint-x"]
+    for name in names:
+        shutil.copytree(demo.adapter_path("sort"), tmp_path / name)
+    assert [each["name"] for each in told(capsys, "show", str(tmp_path))[1]["adapters"]] == names
+
+
 def test_plan_needs_no_weights(capsys, tmp_path):
     """A base with a config alone; the plan is the one that a loaded model gives."""
     (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
@@ -218,6 +371,46 @@ def test_plan_needs_no_weights(capsys, tmp_path):
         assert max(map(len, lines)) <= 80
         assert not code or re.search(r"\n  found:    .*\n {12}model", "\n".join(lines))
         assert "add_layers" not in "".join(lines)
+
+
+def deeper(tensors):
+    return tensors | {key.replace("layers.0.", "layers.9."): each.clone() for key, each in tensors.items()}
+
+
+def with_embeddings(tensors):
+    return tensors | {"base_model.model.model.embed_tokens.weight": torch.randn(98, 128)}
+
+
+#: changes of an adapter, and the exit codes of a plan with it as B and as A
+PLANNED = {
+    "the same": ({}, dict, 0, 0),
+    "for a deeper model": ({}, deeper, 1, 0),
+    "with embeddings": ({}, with_embeddings, 3, 3),
+    "of a wider model": ({}, lambda tensors: {key: torch.cat([each, each], 1) for key, each in tensors.items()}, 1, 1),
+    "incomplete": ({}, lambda tensors: dict([*tensors.items()][1:]), 1, 0),
+    "with other names": ({}, lambda tensors: {key.replace("layers", "blocks"): tensors[key] for key in tensors}, 1, 0),
+    "on no layer": ({"target_modules": ["nowhere"]}, dict, 1, 1),
+    "with rsLoRA": ({"use_rslora": True}, dict, 0, 0),
+    "of another initialization": ({"init_lora_weights": "pissa"}, dict, 3, 3),
+    "of a huge rank": ({"r": 10**9, "rank_pattern": {}}, dict, 1, 1),
+    "of a huge rank, with other names": ({"r": 10**9}, lambda tensors: {"base_model.model.x": torch.ones(2)}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("change", PLANNED)
+def test_a_plan_and_verify_agree(tmp_path, change):
+    """What a plan decides without the base's values is what the swap does; no rank of a config is allocated."""
+    reverse, other, (config, of_tensors, *expected) = demo.adapter_path("reverse"), tmp_path / "other", PLANNED[change]
+    shutil.copytree(reverse, other)
+    (other / "adapter_config.json").write_text(
+        json.dumps(json.loads((other / "adapter_config.json").read_text()) | config)
+    )
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(of_tensors(tensors), other / "adapter_model.safetensors")
+    for pair, code in zip(((reverse, str(other)), (str(other), reverse)), expected, strict=True):
+        assert main(["plan", BASE, *pair]) == code
+        if code != 3 and config.get("r") != 10**9:  # verify would allocate it
+            assert main(["verify", BASE, *pair]) == code
 
 
 def test_what_needs_weights_is_not_decided(capsys, tmp_path):
@@ -272,13 +465,17 @@ def test_an_adapter_that_does_not_fit_the_base(capsys, tmp_path, command):
         assert "next: " in error
 
 
-@pytest.mark.parametrize("command", [f"show {demo.adapter_path('sort')}", long("bench --model demo --n 1")])
+HELP, SHOW = "plan --help", f"show {demo.adapter_path('sort')}"
+
+
+@pytest.mark.parametrize("command", [HELP, SHOW, long("bench --model demo --n 1")])
 def test_a_reader_that_has_read_enough(command):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as writer:
         command = [sys.executable, "-m", "hotswap_lab", *command.split()]
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     progress = [line for line in done.stderr.splitlines() if line.startswith("rank ")]
     assert (done.returncode, done.stderr.splitlines(), bool(progress)) == (0, progress, "bench" in command)
 
@@ -299,6 +496,86 @@ def test_verify(capsys):
     )
     assert max(map(len, error.splitlines())) <= 80
     assert told(capsys, "verify", BASE, fewer, second, "--add-layers")[1]["ok"] is True
+
+
+SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+WHISPER = {
+    f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))
+}
+WHISPER |= dict(d_model=16, vocab_size=9, num_mel_bins=8, max_source_positions=20, max_target_positions=20)
+WHISPER |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+WAV2VEC = dict(conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), vocab_size=20)
+WAV2VEC |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+IMAGES = dict(image_size=32, patch_size=8)
+CLIP = dict(text_config=SMALL | {"vocab_size": 99, "max_position_embeddings": 20}, vision_config=SMALL | IMAGES)
+#: classes of models that aren't for text, their configs, a layer of each, and what verify says
+OTHER_MODELS = {
+    "ViTForImageClassification": (ViTConfig(**SMALL, **IMAGES), "classifier", 0),
+    "ResNetForImageClassification": (
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+        "embedder.convolution",
+        0,
+    ),
+    "WhisperForConditionalGeneration": (WhisperConfig(**WHISPER, decoder_start_token_id=3), "self_attn.q_proj", 0),
+    "Wav2Vec2ForCTC": (Wav2Vec2Config(**SMALL, **WAV2VEC), "attention.q_proj", 0),
+    "CLIPModel": (CLIPConfig(**CLIP), "self_attn.q_proj", 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_verify_models_that_are_not_for_text(capsys, tmp_path, name):
+    """Their inputs are made from their config; where that says too little, nothing is decided."""
+    config, layer, code = OTHER_MODELS[name]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(tmp_path / "base")
+    kind = models.Kind(lambda: getattr(transformers, name).from_pretrained(tmp_path / "base"), dict, (layer,))
+    pair = [models.save_random_adapter(kind, tmp_path / str(seed), seed, r=2, lora_alpha=64) for seed in (1, 2)]
+    found, verdict = told(capsys, "verify", str(tmp_path / "base"), *pair)
+    assert (found, verdict["ok"]) == (code, {0: True, 3: None}[code])
+    assert main(["verify", str(tmp_path / "base"), *pair]) == code
+    assert code == 0 or "not decided without inputs of your own: a CLIPModel" in capsys.readouterr().out
+
+
+def test_a_mix_of_classifiers(capsys, tmp_path):
+    """It is refused as a mix; nobody has asked for a strength."""
+    BertForSequenceClassification(BertConfig(**SMALL, vocab_size=99)).save_pretrained(tmp_path / "base")
+    kind = models.Kind(lambda: BertForSequenceClassification.from_pretrained(tmp_path / "base"), dict, ("query",))
+    adapters = [
+        models.save_random_adapter(kind, tmp_path / str(seed), seed, r=2, task_type="SEQ_CLS") for seed in (1, 2)
+    ]
+    asked = ["mix", str(tmp_path / "base"), *(f"{each}:0.5" for each in adapters), "--out", str(tmp_path / "out")]
+    assert main(asked) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.match(r"The adapters .* can't be mixed. found: an adapter with modules_to_save", error)
+
+
+#: what is asked, and the advice of the refusal, which is about the command
+ADVISED = [
+    (["plan", BASE, str(demo.ADAPTERS_DIR), "SORT"], "pass one of them, such as .*/caesar'"),
+    (["verify", BASE, "IA3", "SORT"], "name two of the same type"),
+    (["mix", BASE, "SORT:1", "BIAS:1", "--out", "OUT"], "mix others"),
+    (["plan", BASE, "SORT", "NAN"], "get an undamaged copy"),
+]
+
+
+@pytest.mark.parametrize(("asked", "advice"), ADVISED)
+def test_what_is_advised_is_about_the_command(capsys, tmp_path, asked, advice):
+    kind = models.Kind(demo.load_base, dict, ("q_proj",))
+    places = {"SORT": demo.adapter_path("sort"), "OUT": str(tmp_path / "out")}
+    places |= {"IA3": ia3(tmp_path / "ia3"), "NAN": str(shutil.copytree(places["SORT"], tmp_path / "nan"))}
+    tensors = load_file(f"{places['NAN']}/adapter_model.safetensors")
+    save_file({key: each * float("nan") for key, each in tensors.items()}, f"{places['NAN']}/adapter_model.safetensors")
+    places["BIAS"] = models.save_random_adapter(kind, tmp_path / "bias", 0, r=4, bias="all")
+    code, found = told(capsys, *(re.sub("|".join(places), lambda name: places[name[0]], each) for each in asked))
+    assert code == 1
+    assert re.fullmatch(advice, found["refusals"][0]["next_step"])
+
+
+def test_each_advice_that_is_put_in_other_words_exists():
+    texts = [each.replace("{{", "{").replace("}}", "}") for _, each in advice_texts()]
+    lacking = {old for old in IN_COMMANDS if not any(old in each for each in texts)}
+    # these two are in the code, and are tested above
+    assert {each[:12] for each in lacking} == {"; all: Adapt", ", or pass al"}
 
 
 def test_mix(capsys, tmp_path):

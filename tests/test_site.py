@@ -55,6 +55,8 @@ def test_every_public_name_has_a_page(conf):
         for name in model.model_fields:  # described, and with its type
             assert pages["fields"].count(f"``{name}``") >= 2
     assert '"``temperature``", "number, maximum 2, minimum 0"' in pages["fields"]
+    shown = re.findall(r"rubric:: (\w+)\n\n.*json\n((?:\n .*)+)", pages["commands"])
+    assert {name: json.loads(text) for name, text in shown} == load("commands").schemas()
 
 
 def test_members_of_public_classes_have_docstrings(conf):

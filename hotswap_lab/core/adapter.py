@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 
 from .errors import HotswapError, listing, refused
 from .host import Config, kind_of
+from .report import escaped
 from .tensors import is_finite
 
 #: attributes of a config in a model: its adapter's source, revision and file; when a swap put it in; and the base model
@@ -85,7 +86,7 @@ class Adapter:
     @property
     def label(self) -> str:
         """A short name for tables: the last part of a folder's path, a Hub id as it is."""
-        return os.path.basename(os.path.normpath(self.source)) if self.is_folder else self.source
+        return escaped(os.path.basename(os.path.normpath(self.source)) if self.is_folder else self.source)
 
     @property
     def nbytes(self) -> int:

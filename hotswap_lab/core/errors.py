@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .report import escaped
+
 PARTS = ("found:", "expected:", "next:")
 #: the most characters to show of one part of a text; the attributes hold all of it
 LONGEST = 600
@@ -29,11 +31,11 @@ class Refusal:
 
 
 def _readable(text: str) -> str:
-    """Shorten a text and escape its unprintable characters, since names from files could upset a terminal."""
+    """Shorten a text and escape its unprintable characters."""
     text = str(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 3 // 4]} [... {len(text) - LONGEST:,} characters ...] {text[-LONGEST // 4 :]}"
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return escaped(text)
 
 
 class HotswapError(ValueError, RuntimeError):
@@ -100,7 +102,7 @@ def refusal(which: str, /, **values: object) -> Refusal:
 
 def first_line(error: BaseException) -> str:
     """The class of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return escaped(f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
 
 def refused(which: str, /, **values: object) -> HotswapError:

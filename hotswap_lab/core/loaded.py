@@ -16,7 +16,7 @@ from .change import LOG
 from .errors import HotswapError
 from .host import Config, kind_of
 from .prepared import ranks_before
-from .report import html_table
+from .report import escaped, html_table
 from .slot import Slot, has_been_swapped, slot_for
 from .strength import strength_of
 
@@ -159,7 +159,7 @@ def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
     # a folder may be a copy of any repository
     if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
         return None
-    both = f"the adapter was made for {made_for}, and the model is {name}"
+    both = escaped(f"the adapter was made for {made_for}, and the model is {name}")
     return f"{both}; that the shapes fit does not make it right", on_hub
 
 

@@ -20,8 +20,17 @@ def readable_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def escaped(text: str) -> str:
+    """A text with its unprintable characters escaped, since names from files could upset a terminal.
+
+    >>> escaped("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def wrapped(text: object, width: int | None = None) -> str:
-    """A report as wide as the terminal. A long line goes on below where its own text begins.
+    """A report as wide as the terminal, and escaped. A long line goes on below where its own text begins.
 
     >>> print(wrapped("  next:     load the adapter that targets the most layers", width=40))
       next:     load the adapter that
@@ -29,7 +38,9 @@ def wrapped(text: object, width: int | None = None) -> str:
     """
     how: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
     width = width or shutil.get_terminal_size().columns
-    starts = [(line, len(line) - len(re.sub("^ *([a-z]+: +)?", "", line))) for line in str(text).splitlines()]
+    starts = [
+        (line, len(line) - len(re.sub("^ *([a-z]+: +)?", "", line))) for line in map(escaped, str(text).splitlines())
+    ]
     return "\n".join([textwrap.fill(line, width, subsequent_indent=" " * at, **how) for line, at in starts])
 
 
@@ -66,11 +77,11 @@ def html_table(
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table as text, one line for each row.
+    """A table as text, one line for each row, whatever its cells have in them.
 
     >>> text_table(["name", "rank"], [["reverse", "8"]])
     ['name     rank', 'reverse  8']
     """
-    table = [header, *rows]
+    table = [[escaped(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

@@ -158,8 +158,9 @@ def are_interchangeable(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def have_same_values(live: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether writing ``other`` to ``live`` would change nothing."""
-    return live.shape == other.shape and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
+    """Whether writing ``other`` to ``live`` would change nothing; never if one of them is on the meta device."""
+    has_values = live.shape == other.shape and not (live.is_meta or other.is_meta)
+    return has_values and torch.equal(live.detach(), other.detach().to(live.device, live.dtype))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ class Repository(Folder):
 
     def folder_with_config(self) -> str:
         try:
-            folder = os.path.dirname(_fetch(self.name, CONFIG_NAME, self.arguments))
+            folder = os.path.dirname(fetch(self.name, CONFIG_NAME, self.arguments))
         except Exception as error:  # of many types: no such repository, no access, no network, no space, ...
             next_step = _advice(error) or "check the path, the id, `subfolder`, `revision` and `token`"
             found, next_step = instead(self.name, next_step=next_step)
@@ -40,9 +40,9 @@ class Repository(Folder):
         hub = {**self.arguments, "revision": self.revision or self.arguments.get("revision")}
         try:
             try:
-                return os.path.dirname(_fetch(self.name, SAFETENSORS_WEIGHTS_NAME, hub))
+                return os.path.dirname(fetch(self.name, SAFETENSORS_WEIGHTS_NAME, hub))
             except (EntryNotFoundError, OfflineModeIsEnabled):
-                return os.path.dirname(_fetch(self.name, WEIGHTS_NAME, hub))
+                return os.path.dirname(fetch(self.name, WEIGHTS_NAME, hub))
         except Exception as error:
             next_step = _advice(error) or "check the repository, and get a complete copy of it"
             raise refused("no_weights_file", source=self.name, error=_cause(error), next_step=next_step) from error
@@ -81,7 +81,8 @@ def commit_of(folder: str) -> str | None:
     return found and found[1]
 
 
-def _fetch(repository: str, name: str, hub: Mapping[str, object]) -> str:
+def fetch(repository: str, name: str, hub: Mapping[str, object]) -> str:
+    """The path of a file of a repository; an error soon if the Hub can't be reached and the file isn't here."""
     path = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
     where = {"revision": hub.get("revision"), "repo_type": hub.get("repo_type")}
     cached = try_to_load_from_cache(repository, path, cache_dir=hub.get("cache_dir"), **where)

@@ -1,10 +1,13 @@
 """What an adapter is, read without torch: its config, and the header of its weights."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from ..core.errors import refused
 from ..core.report import readable_bytes
 
 
@@ -47,12 +50,15 @@ def summary_of(source: str | Path) -> Summary:
         config = json.loads(Path(source, "adapter_config.json").read_text(encoding="utf-8"))
         shapes, nbytes = _header(Path(source, "adapter_model.safetensors"))
         return _summary(name, config, shapes, nbytes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # on the Hub, an older format, or damaged
+    except Exception:  # of any type: it is on the Hub, has an older format, or is damaged
         from .reading import Adapter
 
         adapter = Adapter.load(name)
         shapes = {key: tuple(each.shape) for key, each in adapter.tensors.items()}
-        return _summary(name, adapter.config.to_dict(), shapes, adapter.nbytes)
+        try:
+            return _summary(name, adapter.config.to_dict(), shapes, adapter.nbytes)
+        except Exception as error:
+            raise refused("config_unreadable", source=name, error=error) from error
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -71,9 +77,19 @@ def _summary(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...
     parts = {key: key.partition(".lora_") for key in shapes}
     ranks = {shapes[key][0] for key, (_, _, tensor) in parts.items() if tensor.split(".")[0] in ("A", "embedding_A")}
     layers = {layer if found else key.rpartition(".")[0] for key, (layer, found, _) in parts.items()}
-    alphas = {config[each] for each in ("lora_alpha", "alpha") if config.get(each) is not None}
-    alphas |= set((config.get("alpha_pattern") or {}).values())
-    base, method = config.get("base_model_name_or_path"), config["peft_type"]
+    base, method, pattern = (config.get(each) for each in ("base_model_name_or_path", "peft_type", "alpha_pattern"))
+    _check("base_model_name_or_path", base, isinstance(base, (str, NoneType)))
+    _check("peft_type", method, isinstance(method, str))
+    _check("alpha_pattern", pattern, isinstance(pattern, (dict, NoneType)))
+    alphas = [config.get("lora_alpha"), config.get("alpha"), *(pattern or {}).values()]
+    for each in (alphas := [each for each in alphas if each is not None]):
+        # JSON has any number of digits, and Python also reads NaN and Infinity
+        _check("alpha", each, isinstance(each, (int, float)) and abs(each) <= sys.float_info.max)
     name = Path(name).name if Path(name).is_dir() else name
     method = str(getattr(method, "value", method))
-    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted(alphas)), len(layers), base, nbytes)
+    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas})), len(layers), base, nbytes)
+
+
+def _check(name: str, value: object, is_right: bool) -> None:
+    if not is_right:
+        raise ValueError(f"{name} = {value!r:.80}")

@@ -440,6 +440,8 @@ class AdapterPool:
         if not name:
             raise refused("mix_of_nothing")
         self._check_room()
+        if found := self._room.slot.method.not_scaled(self._room.slot):
+            raise refused("no_mix", names=[*name], found=found)
         for weight in name.values():
             check_strength(weight, self._room.slot)
         shares = [(self._members[each], float(weight)) for each, weight in name.items()]

@@ -47,7 +47,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
         settings.append(_of_mix(rank) if on else None)
         a, b, *more = layer.tensors
         if more or a.rank_step > 1:
-            raise refused("no_mix_on_layer", names=list(mix.weights), path=layer.path)
+            raise refused("no_mix", names=list(mix.weights), found=f"more than a lora_A and a lora_B at {layer.path}")
         if rank > (capacity := a.capacity or 0):
             ranks = zip(*([own.rank if own else 0 for own in packed.state.settings] for packed in members), strict=True)
             rooms = (each.tensors[0].capacity or 0 for each in room.slot.layers)

@@ -183,9 +183,11 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     @api.exception_handler(HotswapError)
     @api.exception_handler(RequestValidationError)
     @api.exception_handler(AnyHTTPException)
-    async def answer_error(_: Any, error: Any) -> JSONResponse:
+    async def answer_error(call: Call, error: Any) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            wrong = (f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
+            wrong = [f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors()]
+            if isinstance(error.body, bytes):  # FastAPI parses the body only if its header says what it is
+                wrong = [f"content-type: {call.headers.get('content-type')}, where application/json is expected"]
             error = refused("bad_fields", found="; ".join(wrong))
         status, told = _error(error)
         return JSONResponse(told, status, {"Retry-After": "1"} if status == 503 else None)
@@ -207,8 +209,9 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.get("/v1/models")
     async def models() -> Any:
-        names = [base, *backend.table.versions]
-        return {"object": "list", "data": [{"id": n, "object": "model", "created": 0, "owned_by": ""} for n in names]}
+        dtype = next((each["dtype"] for each in await backend.states()), None)
+        known = dict(object="model", created=0, owned_by="", dtype=dtype)
+        return {"object": "list", "data": [{"id": name} | known for name in (base, *backend.table.versions)]}
 
     async def changed(call: Call, adapters: Mapping[str, str | None]) -> dict[str, int]:
         versions = (await backend.change(adapters)).versions

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..beyond.base_values import copies_for
 from ..core.errors import HotswapError, listing, refusal, refused
+from ..files.hub import fetch
 from ..files.reading import read
 from .replica import Options, Replica
 from .table import Version, check_rank
@@ -24,6 +25,7 @@ DEMO |= {"longest_prompt": 32, "longest_answer": 32}
 #: the numbers among the arguments, with their defaults; where that is a number other than 0, it must be positive
 NUMBERS: dict[str, int] = {"replicas": 1}
 NUMBERS |= {each.name: each.default for each in fields(Options) if isinstance(each.default, int)}
+TEXTS: list[str] = [each.name for each in fields(Options) if isinstance(each.default, str)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Arguments:
         defaults = {"adapters": ""} if "base" in args else DEMO
         given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **defaults, **args}
         base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
-        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, "package", "dtype"]
+        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, *TEXTS]
         if unknown := [each for each in given if each not in known]:
             known = ["base", "adapters", "token", *known]
             wrong.append(refusal("unknown_argument", found=listing(unknown), known=", ".join(known)))
@@ -56,7 +58,7 @@ class Arguments:
 
         numbers = {each: tried(_number, each, given.get(each, default)) for each, default in NUMBERS.items()}
         replicas = numbers.pop("replicas")
-        options = Options(**numbers, package=str(given.get("package", "")), dtype=str(given.get("dtype", "")))
+        options = Options(**numbers, **{each: str(given.get(each, "")) for each in TEXTS})
         if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
             wrong.append(refusal("bad_dtype", dtype=options.dtype))
         if not wrong:
@@ -83,7 +85,8 @@ def load_replica(base: str, versions: Sequence[Version], options: Options) -> Re
         originals = copies_for(model, versions[0].load())
         model = PeftModel.from_pretrained(model, versions[0].path)
     else:  # adapters that come later need layers to go into
-        model = get_peft_model(model, LoraConfig(r=options.target_rank or 8, target_modules="all-linear"))
+        targets = options.targets if options.layers else "all-linear"
+        model = get_peft_model(model, LoraConfig(r=options.target_rank or 8, target_modules=targets))
     return Replica(model, tokenizer, versions, options, originals)
 
 
@@ -107,6 +110,8 @@ def _number(name: str, value: object) -> int:
 
 def _for_base(options: Options, base: str) -> Options:
     try:
+        if not os.path.isdir(base):
+            fetch(base, "config.json", {})
         config, _ = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     except Exception as error:  # of any kind: transformers has no common one
         raise refused("no_base", base=base, error=error) from None

@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from ..core.errors import refusal, refused
+from ..core.errors import HotswapError, refusal
 from .answers import Piece, Request
 from .api import openai_api
 from .arguments import Arguments, load_replica
@@ -25,6 +25,10 @@ with contextlib.suppress(ImportError):  # on Windows there is no such limit
     import resource
 
     MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - BACKLOG))
+
+
+class PortError(HotswapError):
+    """The server can't listen where it is told to."""
 
 
 class OneProcess(Register):
@@ -94,8 +98,8 @@ async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000
     given = backend.arguments
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise refused("no_port", host=host, port=port, error=error) from None
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise PortError(refusal("no_port", host=host, port=port, error=error)) from None
     logging.getLogger("ray.serve").addHandler(logging.StreamHandler())  # the name of the log with Ray, too
     logging.getLogger("ray.serve").setLevel(logging.INFO)
     api = openai_api(backend, given.name, given.token, given.options.longest_prompt)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import GenerationConfig
 
-from ..core.errors import HotswapError, Refusal, advise, refusal, refused
+from ..core.errors import HotswapError, Refusal, advise, first_line, refusal, refused
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
+from ..swap import prepare_model_for_compiled_hotswap
 from .answers import Answer, Piece, Request
 from .sampling import BEYOND
 from .table import Version, check_rank, highest_rank
@@ -28,7 +30,7 @@ GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
 #: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with this adapter, or with"}
+IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with layers=all-linear, or with"}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
@@ -57,7 +59,10 @@ class Options:
     the model is compiled, once for each of two shapes. ``package``: a folder with the model compiled ahead of time; the
     first start writes it. ``timeout``: how many seconds a request waits for the next piece of its answer. ``warm``:
     whether a server answers once by itself before it is ready. ``dtype``: the model's, as ``bfloat16``; without it, its
-    files' own.
+    files' own. ``layers``: the layers to reserve for adapters that come later, by their names as in PEFT's
+    ``target_modules``: ``q_proj,v_proj``, or ``all-linear``; the layers of the first adapters are there anyway. Each
+    takes ``target_rank * (inputs + outputs)`` numbers for each row and for each adapter in memory, and time in each
+    step, whether an adapter uses it or not.
     """
 
     rows: int = 8
@@ -71,6 +76,12 @@ class Options:
     timeout: int = 120
     warm: int = True
     dtype: str = ""
+    layers: str = ""
+
+    @property
+    def targets(self) -> str | list[str]:
+        """The layers to reserve, as PEFT's ``target_modules``."""
+        return self.layers if self.layers == "all-linear" else self.layers.split(",")
 
     def for_model(self, config: Any) -> "Options":
         """The same options, with the lengths that a model with this config reads where they are 0."""
@@ -145,6 +156,9 @@ class Replica:
         #: the highest rank that there is room for
         self.target_rank: int = max(options.target_rank or sum(ranks[-2:]), loaded)
         rows = max(options.rows, 2)  # a pool has no fewer
+        if options.layers:
+            reserved = LoraConfig(r=self.target_rank, target_modules=options.targets)
+            prepare_model_for_compiled_hotswap(model, adapters=[reserved])
         how: dict[str, Any] = dict(target_rank=self.target_rank, progress=False, base_weights=base_weights)
         self.pool: AdapterPool = AdapterPool(model.requires_grad_(False), adapters=adapters, rows=rows, **how)
         self.pool.assign([None] * rows)
@@ -165,7 +179,7 @@ class Replica:
             reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), longest=longest)
             agrees = reader.agrees()
         except Exception as error:  # of many kinds, since models use a cache in different ways
-            reader, agrees, reason = None, False, f"{type(error).__name__}: {error}"
+            reader, agrees, reason = None, False, first_line(error)
         if reader is None or not agrees:
             if options.compile or options.package:
                 raise refused("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
@@ -283,7 +297,8 @@ class Replica:
         held = dict(self._held)
         mixes = [each.adapter if isinstance(each.adapter, dict) else {each.adapter: 1.0} for each in self.pool.rows]
         rows = [None if None in mix else "+".join(str(held.get(key)) for key in mix) for mix in mixes]
-        return {"rows": rows, "held": list(map(str, held.values())), "waiting": len(self._waiting), **self.counts}
+        now = {"rows": rows, "held": list(map(str, held.values())), "waiting": len(self._waiting)}
+        return now | {"dtype": str(self.pool.model.dtype).removeprefix("torch."), **self.counts}
 
     async def _work(self) -> None:
         await asyncio.sleep(GATHERING)

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from unittest import mock
 
 import httpx2
 import openai
@@ -117,6 +118,25 @@ def status_of(api, body, then):
 
     asyncio.run(asyncio.wait_for(api(scope, receive, send), 60))
     return statuses[0]
+
+
+def test_the_models(api, served, monkeypatch):
+    """Each with the dtype that the replicas say, or None while there is none."""
+    known = sent(api, "/v1/models").json()["data"]
+    assert [(each["id"], each["dtype"]) for each in known] == [(name, "float32") for name in ("demo", *FAMILY)]
+    for states, dtype in (([{"dtype": "bfloat16"}], "bfloat16"), ([], None)):
+        monkeypatch.setattr(served, "states", mock.AsyncMock(return_value=states))
+        assert {each["dtype"] for each in sent(api, "/v1/models").json()["data"]} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("headers", "found"),
+    [({"Content-Type": "text/plain"}, "content-type: text/plain, where"), ({}, "content-type: None")],
+)
+def test_another_content_type(api, headers, found):
+    how = dict(method="POST", url=SERVER + TEXT, headers=headers, content=b'{"model": "shout", "prompt": "p>"}')
+    answer = with_client(api, lambda client: client._client.request(**how))
+    assert (answer.status_code, found in answer.json()["error"]["message"]) == (400, True)
 
 
 def test_who_goes_away_is_no_longer_computed_for(served, api):

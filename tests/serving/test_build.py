@@ -12,9 +12,9 @@ from models import Kind, load, save_random_adapter
 from refusals import refused
 from served import FAMILY, text_of
 
-from hotswap_lab import demo
+from hotswap_lab import demo, resolve_slot
 from hotswap_lab.serving import Options, Request, Table, Version, app
-from hotswap_lab.serving.arguments import NUMBERS, Arguments, load_replica
+from hotswap_lab.serving.arguments import NUMBERS, TEXTS, Arguments, load_replica
 
 TEXT = {"rows": "4", "compile": "true", "replicas": "4", "package": "folder", "timeout": 7, "token": 5}
 
@@ -83,8 +83,15 @@ def test_all_that_is_wrong_is_one_error():
 def test_the_dtype_that_is_asked_for():
     given = Arguments.of({"dtype": "bfloat16", "warm": "false"})
     versions = [Version.of("sort", FAMILY["sort"])]
-    assert load_replica(given.base, versions, given.options).pool.model.dtype == torch.bfloat16
+    replica = load_replica(given.base, versions, given.options)
+    assert (replica.pool.model.dtype, replica.state["dtype"]) == (torch.bfloat16, "bfloat16")
     assert not given.options.warm
+
+
+@pytest.mark.parametrize(("layers", "number"), [({}, 28), ({"layers": "q_proj,v_proj"}, 8)])
+def test_the_layers_without_an_adapter(layers, number):
+    given = Arguments.of({"base": str(demo.BASE_DIR), "longest_prompt": 8, "longest_answer": 8, **layers})
+    assert len(resolve_slot(load_replica(given.base, [], given.options).pool.model, "default").layers) == number
 
 
 def test_a_replica_without_adapters():
@@ -119,7 +126,7 @@ def test_a_first_adapter_with_base_weights_in_its_file(tmp_path):
 def test_help_names_every_argument(capsys):
     runpy.run_module("hotswap_lab.serving", run_name="__main__")
     printed = capsys.readouterr().out
-    assert [each for each in ("base", "adapters", "token", *NUMBERS, "package") if f"``{each}``" not in printed] == []
+    assert [each for each in ("base", "adapters", "token", *NUMBERS, *TEXTS) if f"``{each}``" not in printed] == []
     assert "timeout=120" in printed
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import socket
 
 import pytest
 from both_kinds import BothKinds
@@ -12,6 +14,7 @@ from running import one_process
 from served import FAMILY, SHORT
 
 from hotswap_lab import demo
+from hotswap_lab.__main__ import main
 from hotswap_lab.serving import BusyError, Request
 from hotswap_lab.serving.arguments import Arguments
 from hotswap_lab.serving.one_process import OneProcess
@@ -63,9 +66,23 @@ def test_an_answer_that_comes_too_late():
 
 
 def test_what_is_wrong_is_said_before_anything_starts(capsys):
-    from hotswap_lab.__main__ import main
-
     assert main(["serve", "--set", "rows=0"]) == 1
     assert "rows='0'" in capsys.readouterr().err
     assert main(["serve", str(demo.BASE_DIR), "/nowhere"]) == 1
     assert "next:     check the path, or leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 70_000), ("127.0.0.1", -1), ("a" * 70, 0)]
+)
+def test_where_it_cannot_listen(capsys, monkeypatch, host, port):
+    """One line and the exit code of wrong use, before a model is loaded."""
+    monkeypatch.setattr("hotswap_lab.serving.one_process.load_replica", None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1] if port is None else port
+        with pytest.raises(SystemExit, match="2"):
+            main(["serve", "--host", host, f"--port={port}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        rf"hotswap-lab serve: error: .* {host}, port {port}. \w+: .*; pass another --port or --host", line
+    )

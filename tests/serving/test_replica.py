@@ -416,8 +416,26 @@ def test_what_one_replica_cannot_load_none_has(tmp_path):
 def test_layers_that_no_adapter_had_at_the_start():
     replica = replica_of({"caesar": FAMILY["caesar"]})
     error = refused("the old one lacks", replica.load, [Version.of("late", FAMILY["pig_latin"])])
-    assert error.refusals[0].next_step.startswith("start the server with this adapter, or with the")
+    assert error.refusals[0].next_step.startswith("start the server with layers=all-linear, or with the adapter")
     assert "@" not in str(error)
+
+
+@pytest.mark.parametrize("layers", ["all-linear", "q_proj,k_proj,v_proj,o_proj", "nowhere"])
+def test_layers_that_are_reserved(layers):
+    """An adapter on them comes live, and answers as a fresh load does, next to others and to the base."""
+    if layers == "nowhere":
+        refused("has no layer in this model", Served, {"caesar": FAMILY["caesar"]}, replace(SHORT, layers=layers))
+        return
+    served = Served({"caesar": FAMILY["caesar"]}, replace(SHORT, layers=layers))
+    asyncio.run(served.change({"late": FAMILY["pig_latin"]}))
+    assert served.assert_right(["late", "caesar", "demo"]) == ["otswaphay", "dgdswhu", "notebook"]
+    # what it costs: the numbers of the rows, and of the one adapter that the other has in memory, too
+    pools = [served.replicas[0].pool, replica_of({"caesar": FAMILY["caesar"]}).pool]
+    rows, adapters = zip(*[(each._room.bands[0].memory.untyped_storage(), each.nbytes) for each in pools], strict=True)
+    shapes = [each.module.base_layer.weight.shape for each in pools[0]._room.slot.layers if "attn" in each.path]
+    numbers = 4 * SHORT.target_rank * sum(map(sum, shapes))
+    assert rows[0].nbytes() - rows[1].nbytes() == SHORT.rows * numbers
+    assert adapters[0] / 2 - adapters[1] == pytest.approx(numbers, rel=0.01)
 
 
 def test_files_that_have_changed_since_they_were_checked(tmp_path):
