@@ -57,10 +57,8 @@ def note_missing_targets(plan: Plan) -> None:
     """Add a note on the layers that an adapter's config targets but that its file has no tensors for."""
     off = [layer for layer in plan.layers if layer.action is Action.OFF] if plan.check_targets else []
     if named := [layer.path for layer in off if layer.is_targeted]:
-        plan.notes.append(
-            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
-            "they are turned off"
-        )
+        lacking = f"{len(named)} layers that the file has no tensors for ({listing(named, 2)})"
+        plan.notes.append(f"the config targets {lacking}; they are turned off")
 
 
 def note_other_base(plan: Plan) -> None:
