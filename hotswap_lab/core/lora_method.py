@@ -92,10 +92,8 @@ def _obstacle_at(tensor: SlotTensor) -> str | None:
     if parameter.is_meta:
         if hasattr(tensor.owner, "_hf_hook"):
             # the weight is in the hook's own store; a write to it there would not be noticed
-            return (
-                f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
-                "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
-            )
+            next_step = "swap after accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
+            return f"a {tensor.named_key} that accelerate keeps elsewhere between calls: {next_step}"
         return f"a {tensor.named_key} without data (on the meta device)"
     if reason := tensor.obstacle():
         return f"a {tensor.named_key} {reason}"
