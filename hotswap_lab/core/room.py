@@ -343,10 +343,8 @@ def build_room(
         key = tensor.parameter.dtype, tensor.parameter.device
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
     bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
-    settings = [
-        None if layer in reserved or is_off(layer.module, name, layer.tensors) else settings_of(layer.module, name)
-        for layer in capacity
-    ]
+    on = {each for each in capacity if each not in reserved and not is_off(each.module, name, each.tensors)}
+    settings = [settings_of(layer.module, name) if layer in on else None for layer in capacity]
     with torch.inference_mode(False):
         devices = dict.fromkeys(device for _, device in groups)
         scalings = [kind.new_scalings(len(capacity), device) for device in devices]
