@@ -97,8 +97,7 @@ def hosts_in(owner: object) -> list[Host]:
     if not isinstance(owner, torch.nn.Module):
         models = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "model", None)]  # a panel's is found
     modules = dict.fromkeys(each for each in models if isinstance(each, torch.nn.Module))
-    found = [host for module in modules for host in carriers(module)]
-    return [host for host in found if host.configs]
+    return [host for module in modules for host in carriers(module) if host.configs]
 
 
 def name_in(model: torch.nn.Module, adapter_name: str | None) -> str:
