@@ -3,7 +3,7 @@
 What it refuses, ``hotswap_lab.beyond`` takes up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from . import settings
 from .errors import Refusal, refusal
 from .host import Config, TunerLayer
-from .journal import Journal
 from .lora import HEADS
 from .method import Method
 from .state_dict_hooks import look_after
@@ -27,6 +26,7 @@ class Lora(Method):
     is_lora: ClassVar[bool] = True
     #: variants of a layer whose tensors are all known here
     variants: ClassVar[tuple[type, ...]] = (type(None),)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(look_after)
 
     def takes(self, config: Config) -> bool:
         return config.peft_type == PeftType.LORA
@@ -66,9 +66,6 @@ class Lora(Method):
     def unknown(self, config: Config) -> Sequence[str]:
         # a PeftModel for such a task has a head of its own, which is saved with the adapter
         return [*settings.unusual(config), *(["task_type"] if config.task_type in HEADS else [])]
-
-    def follow(self, slot: Any, config: Config, journal: Journal) -> None:
-        look_after(slot, config, journal)
 
     def is_special(self, layer: TunerLayer, adapter_name: str) -> bool:
         """Whether a layer of LoRA has state that this method doesn't handle."""
