@@ -249,10 +249,11 @@ def pick_backend() -> str:
         return "inductor"
     # PEFT sets CXX to a C compiler when it loads a BOFT adapter
     named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""
-    found = f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used"
-    next_step = f"Install a C++ compiler such as g++ for inductor{named}, and start anew."
-    text = f"{found}: recompiles are counted as ever, but nothing gets faster. {next_step}"
-    warnings.warn(text, stacklevel=2)
+    warnings.warn(
+        f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
+        f"ever, but nothing gets faster. Install a C++ compiler such as g++ for inductor{named}, and start anew.",
+        stacklevel=2,
+    )
     return "aot_eager"
 
 
