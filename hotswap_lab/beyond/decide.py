@@ -80,17 +80,15 @@ def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
 
 def take_base_weights(plan: Plan) -> None:
     """Accept base weights in the file that equal the live model's, since PEFT saves those of embeddings with a LoRA."""
-    if not (tensors := plan.unknown):
-        return
+    tensors, base = plan.unknown, plan.slot.host.base
     for key in [key for key in tensors if ".lora_" not in key]:
-        if (weight := base_weight(plan.slot.host.base, key)) is None or weight.shape != tensors[key].shape:
-            continue
-        if not have_same_values(weight, tensors.pop(key)):
+        weight = base_weight(base, key)
+        fits = weight is not None and weight.shape == tensors[key].shape
+        if fits and not have_same_values(weight, tensors.pop(key)):
             plan.refuse("other_base_weights", key=key)
-    base, name = plan.slot.host.base, plan.slot.adapter_name
     paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
     # layers that had the adapter before may get it again without add_layers
-    if paths and paths <= former_layers(base, name):
+    if paths and paths <= former_layers(base, plan.slot.adapter_name):
         plan.add_layers = True
 
 
