@@ -148,11 +148,9 @@ def change_from_graft(plan: FreshPlan) -> Change:
         change.resize(parameter, source)
     # cloned, since the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
-    change.steps += [
-        functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
-        *graft.steps,
-        functools.partial(_note, plan, originals),
-    ]
+    written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
+    change.steps += [functools.partial(clear_gradients, written), *graft.steps]
+    change.steps.append(functools.partial(_note, plan, originals))
     if stays and slot.room is not None:
         change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
