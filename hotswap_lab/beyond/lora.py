@@ -32,15 +32,12 @@ class GroupedTensor(SlotTensor):
     components.
     """
 
-    groups: int = 1
-
-    @property
-    def rank_step(self) -> int:
-        return self.groups
+    #: the number of groups
+    rank_step: int = 1
 
     @property
     def _share(self) -> int:
-        return self.groups if self.rank_axis else 1
+        return self.rank_step if self.rank_axis else 1
 
     @property
     def capacity(self) -> int:
@@ -53,17 +50,17 @@ class GroupedTensor(SlotTensor):
         return super().shape_for(rank // self._share)
 
     def split(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.rank_axis else tensor.unflatten(0, (self.groups, -1))
+        return tensor if self.rank_axis else tensor.unflatten(0, (self.rank_step, -1))
 
     def _narrow(self, padded: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return self.split(padded).narrow(1, start // self.groups, (stop - start) // self.groups)
+        return self.split(padded).narrow(1, start // self.rank_step, (stop - start) // self.rank_step)
 
 
 def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
     """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
-    groups = getattr(layer.get_base_layer(), "groups", 1)
-    if groups > 1 and adapter_name in layer._modules.get("lora_A", ()):
-        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), groups=groups) for each in tensors]
+    step = getattr(layer.get_base_layer(), "groups", 1)
+    if step > 1 and adapter_name in layer._modules.get("lora_A", ()):
+        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
         tensors = [*tensors, MagnitudeTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", layer=layer)]
