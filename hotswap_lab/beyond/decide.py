@@ -230,13 +230,11 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         # most methods compute something from the base weights at first: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
-    # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
-    half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     # PEFT makes tensors without naming a device
     is_meta = torch.get_default_device().type == "meta"
     try:
         with slot.write_mode(), torch.device("cpu") if is_meta else contextlib.nullcontext():
-            fresh = load_fresh_adapter(host, config, adapter.tensors, name, half_precision=half_precision)
+            fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

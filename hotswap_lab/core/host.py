@@ -66,6 +66,11 @@ def canonical_path(key: str) -> str:
     return key
 
 
+def key_in_file(key: str) -> str:
+    """A tensor's key as PEFT writes it to a file: with its prefix, and without the prefixes of other wrappers."""
+    return key if key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key)
+
+
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         inner: Any = unwrap_compiled(module.base_model)
