@@ -21,7 +21,6 @@ NAMES = {
     "package_aoti": "torch._inductor.package:package_aoti",
     "AOTICompiledModel": "torch.export.pt2_archive._package:AOTICompiledModel",
     "AOTIModelPackageLoader": "torch._C._aoti:AOTIModelPackageLoader",
-    "dynamo_config": "torch._dynamo:config",
     "DynamoContext": "torch._dynamo.eval_frame:_TorchDynamoContext",
     "eval_frame": "torch._dynamo:eval_frame",
     "cache_entries": "torch._dynamo.eval_frame:_debug_get_cache_entry_list",

@@ -33,7 +33,7 @@ from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, random_numbers_kept
 from .core.adapter import Adapter
 from .core.errors import HotswapError, refusal, refused
-from .core.host import PEFT_PREFIX, Host, canonical_path, find_host, name_in
+from .core.host import Host, canonical_path, find_host, key_in_file, name_in
 from .core.journal import Journal
 from .core.settings import PROVENANCE
 from .core.slot import Slot
@@ -266,11 +266,8 @@ def _as_folder(adapter: str | os.PathLike[str] | Adapter) -> Iterator[str]:
         source.folder_with_config()  # first: it decides the version of the weights
         yield source.folder_with_weights()  # the files themselves, which PEFT reads here
         return
-    is_whole = adapter.config.is_prompt_learning
-    tensors = {
-        key if is_whole or key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key): tensor.contiguous()
-        for key, tensor in adapter.tensors.items()
-    }
+    named = str if adapter.config.is_prompt_learning else key_in_file
+    tensors = {named(key): tensor.contiguous() for key, tensor in adapter.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, adapter.config, tensors)
         yield folder

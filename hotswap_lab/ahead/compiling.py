@@ -126,10 +126,9 @@ def aoti_compile(
         os.replace(built, path)
     if progress:
         bound, proven = sum(len(each["tensors"]) for each in graphs), time.monotonic() - proving
-        print(
-            f"{path.name}: exported in {exported:.0f} s, compiled in {compiled:.0f} s, proven in {proven:.0f} s, "
-            f"{readable_bytes(path.stat().st_size)} without weights, {bound} tensors to bind"
-        )
+        took = f"exported in {exported:.0f} s, compiled in {compiled:.0f} s, proven in {proven:.0f} s"
+        size = f"{readable_bytes(path.stat().st_size)} without weights"
+        print(f"{path.name}: {took}, {size}, {bound} tensors to bind")
         if dynamic_shapes is not None:
             where = " of a block" if repeated_blocks else ""
             sizes = Sizes(graphs[0]["symbols"], graphs[0]["conditions"])

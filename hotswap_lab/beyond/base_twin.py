@@ -98,8 +98,7 @@ def base_tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
         path, module = paths.pop()
         own = (*module._parameters.items(), *module._buffers.items())
         tensors |= {f"{path}{name}": tensor for name, tensor in own if tensor is not None}
-        children = ((name, child) for name, child in module._modules.items() if child is not None)
-        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in children]
+        paths += [(f"{path}{name}.", peel(child)[1]) for name, child in module._modules.items() if child is not None]
     return tensors
 
 

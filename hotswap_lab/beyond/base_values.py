@@ -62,11 +62,6 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     return lost - kept_originals(host.base, adapter_name).keys()
 
 
-def follow_config(slot: Slot, config: PeftConfig, journal: Journal) -> None:
-    """Mark a config that is about to be put into the model: this swap leaves the base weights as they are."""
-    config.__dict__[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
-
-
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
     """Names of the base weights that PEFT overwrites when it loads an adapter with this config: its biases."""
     bias = getattr(config, "bias", "none")

@@ -83,17 +83,15 @@ def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Re
 
 def _unsupported(config: PeftConfig, role: str) -> Iterator[Refusal]:
     """Refusals because of fields of LoRA's config that can't be swapped."""
-    init, found = config.init_lora_weights, None
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        found = f"init_lora_weights={init!r}"
-    elif getattr(config, "kasa_config", None):
-        found = "a kasa_config"
     if getattr(config, "arrow_config", None):
         yield refusal("arrow_router", role=role)
     if getattr(config, "megatron_config", None) and config.megatron_core != MEGATRON:
         yield refusal("imports_a_module", role=role, megatron_core=config.megatron_core, allowed=MEGATRON)
-    if found:
-        yield refusal("changes_base_weights", role=role, found=found)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        yield refusal("changes_base_weights", role=role, found=f"init_lora_weights={init!r}")
+    elif getattr(config, "kasa_config", None):
+        yield refusal("changes_base_weights", role=role, found="a kasa_config")
 
 
 def unknown(config: PeftConfig) -> list[str]:

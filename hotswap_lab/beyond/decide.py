@@ -80,17 +80,15 @@ def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
 
 def take_base_weights(plan: Plan) -> None:
     """Accept base weights in the file that equal the live model's, since PEFT saves those of embeddings with a LoRA."""
-    if not (tensors := plan.unknown):
-        return
+    tensors, base = plan.unknown, plan.slot.host.base
     for key in [key for key in tensors if ".lora_" not in key]:
-        if (weight := base_weight(plan.slot.host.base, key)) is None or weight.shape != tensors[key].shape:
-            continue
-        if not have_same_values(weight, tensors.pop(key)):
+        weight = base_weight(base, key)
+        fits = weight is not None and weight.shape == tensors[key].shape
+        if fits and not have_same_values(weight, tensors.pop(key)):
             plan.refuse("other_base_weights", key=key)
-    base, name = plan.slot.host.base, plan.slot.adapter_name
     paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
     # layers that had the adapter before may get it again without add_layers
-    if paths and paths <= former_layers(base, name):
+    if paths and paths <= former_layers(base, plan.slot.adapter_name):
         plan.add_layers = True
 
 
@@ -150,11 +148,9 @@ def change_from_graft(plan: FreshPlan) -> Change:
         change.resize(parameter, source)
     # cloned, since the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
-    change.steps += [
-        functools.partial(clear_gradients, [*graft.parameters, *(target for target, _ in graft.base.copies)]),
-        *graft.steps,
-        functools.partial(_note, plan, originals),
-    ]
+    written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
+    change.steps += [functools.partial(clear_gradients, written), *graft.steps]
+    change.steps.append(functools.partial(_note, plan, originals))
     if stays and slot.room is not None:
         change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
@@ -234,13 +230,11 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         # most methods compute something from the base weights at first: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
-    # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
-    half_precision = any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     # PEFT makes tensors without naming a device
     is_meta = torch.get_default_device().type == "meta"
     try:
         with slot.write_mode(), torch.device("cpu") if is_meta else contextlib.nullcontext():
-            fresh = load_fresh_adapter(host, config, adapter.tensors, name, half_precision=half_precision)
+            fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

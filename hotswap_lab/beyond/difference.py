@@ -488,12 +488,10 @@ class _Comparison:
         for module in wrappers.own_modules(wrapper):
             module.training = training
         for module in dict.fromkeys((wrapper, wrappers.holder_of_inside(wrapper)[0])):
-            if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                # on these, only one adapter can be active, and it must be one that they have
-                module._active_adapter = self.name if self.name in active else []
-                module._disable_adapters = disabled
-            elif isinstance(module, BaseTunerLayer):
-                module._active_adapter = list(active)
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                # on a saved module, only one adapter can be active, and it must be one that it has
+                own = self.name if self.name in active else []
+                module._active_adapter = own if isinstance(wrapper, AuxiliaryTrainingWrapper) else list(active)
                 module._disable_adapters = disabled
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from ..core.host import PEFT_PREFIX, Host, canonical_path
+from ..core.host import key_in_file
 from ..core.journal import interrupts_held
-from ..core.tensors import are_interchangeable
+from ..core.slot import Slot
+from ..core.tensors import are_interchangeable, named_tensors
 from ..threads import locked
 from .base_twin import BaseTwin, make_base_twin
 from .guards import compilers_kept, memory_guard, random_numbers_kept, take_out
@@ -40,43 +41,40 @@ class FreshAdapter:
     missing: list[str]
 
 
-def load_fresh_adapter(
-    host: Host, config: PeftConfig, tensors: Mapping[str, torch.Tensor], adapter_name: str, *, half_precision: bool
-) -> FreshAdapter:
-    """Let PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the host's base model.
+def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> FreshAdapter:
+    """Let PEFT load an adapter, as ``PeftModel.from_pretrained`` does, onto a twin of the live base model.
 
     Parameters
     ----------
-    host:
-        The model with the live adapter. It is only read.
+    slot:
+        The live adapter, whose name the new one gets. It is only read.
     config:
         The new adapter's config, with the ``inference_mode`` of the live one.
     tensors:
         The new adapter's tensors by the keys of its file.
-    adapter_name:
-        The name that the adapter gets.
-    half_precision:
-        Whether the adapter has the dtype of a half-precision base, as with ``autocast_adapter_dtype=False``.
     """
-    twin = make_base_twin(host.base)
-    twins = dict(_named_tensors(twin.model))
+    base, adapter_name = slot.host.base, slot.adapter_name
+    # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
+    to_float32 = not any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
+    twin = make_base_twin(base)
+    twins = dict(named_tensors(twin.model))
     config = copy.deepcopy(config)
     if twin.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may compute
-    with locked(host.base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
+    with locked(base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        memory = memory_guard(host.base, tensors.values())
+        memory = memory_guard(base, tensors.values())
         try:
             # torch removes and restores a mode around each function; Ctrl-C in between would leave another mode off
             with interrupts_held(), compilers_kept(), random_numbers_kept(), memory:
-                model = cls(twin.model, config, adapter_name, autocast_adapter_dtype=not half_precision)
+                model = cls(twin.model, config, adapter_name, autocast_adapter_dtype=to_float32)
             file = _file_keys(model, tensors, adapter_name)
             base_values, origins, result = _set_tensors(model, file, tensors, {id(twins[name]): name for name in twins})
             if hasattr(model.base_model, "_cast_adapter_dtype"):
-                model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half_precision)
+                model.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=to_float32)
         finally:
             with interrupts_held():
                 for parameter, requires_grad in twin.shared:
@@ -106,14 +104,9 @@ def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, res
     return unexpected, sorted(key for key in missing if memory.get(key) in awaited)
 
 
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
 def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: Mapping[int, str]):
     """Write the adapter's tensors into the fresh load, but return those for the base model, instead of writing them."""
-    own = dict(_named_tensors(model))
+    own = dict(named_tensors(model))
     base_keys = {key: base_names[id(tensor)] for key, tensor in own.items() if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
     origins: dict[str, torch.Tensor] = {}
@@ -124,7 +117,7 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
         here = [key for key, value in state_dict.items() if key in base_keys and value.shape == own[key].shape]
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
         # a tensor that PEFT has converted is another object by now, and gets no origin
-        now = dict(_named_tensors(model))
+        now = dict(named_tensors(model))
         for key, each in state_dict.items():
             if id(each) in keys and key in now:
                 origins[keys[id(each)]] = now[key]
@@ -145,7 +138,7 @@ def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[st
     own = set(model.state_dict())
     renamed = {}
     for key, tensor in tensors.items():
-        full = PEFT_PREFIX + canonical_path(key) if not key.startswith("base_model.") else key
+        full = key_in_file(key)
         if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):
             full = tuner._remove_adapter_name_from_key(full, adapter_name)
         if full in renamed and not are_interchangeable(tensor, renamed[full]):

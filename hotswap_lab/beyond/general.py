@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..core.method import Method
 from ..core.tensors import SlotTensor
-from . import configs
-from .lora import follow, not_scaled
+from .lora import Beyond
 from .prepare import prepare_in_place
 from .shards import spread
 
@@ -28,7 +26,7 @@ RANK_AXES = {
 TUCKER = ("hada_t1", "lokr_t2")
 
 
-class General(Method):
+class General(Beyond):
     """All of PEFT's methods but LoRA."""
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
@@ -37,8 +35,6 @@ class General(Method):
             return None
         tables = [(name, attrgetter(name)(layer)) for name in layer.adapter_layer_names]
         found = [(name, table) for name, table in tables if hasattr(table, "keys") and adapter_name in table]
-        if not found:
-            return None
         tensors = []
         is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
         for name, table in found:
@@ -51,9 +47,6 @@ class General(Method):
             elif isinstance(table, torch.nn.ParameterDict):
                 axis = None if is_tucker else RANK_AXES.get(name)
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
-        return spread(tensors)
+        return spread(tensors) if found else None
 
     prepare_in_place: ClassVar[Callable[..., Any]] = staticmethod(prepare_in_place)
-    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
-    judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
-    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)

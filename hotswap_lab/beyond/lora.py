@@ -9,15 +9,17 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 
+from ..core.adapter import LOST_ORIGINALS
 from ..core.errors import Refusal, listing, refusal
 from ..core.host import Config, TunerLayer, modules_in
 from ..core.journal import Journal
 from ..core.lora_method import Lora
+from ..core.method import Method
 from ..core.slot import Slot
 from ..core.state_dict_hooks import look_after
 from ..core.tensors import SlotTensor
 from . import configs
-from .base_values import follow_config, kept_originals
+from .base_values import kept_originals, lost_originals
 from .shards import spread
 
 # ---- grouped convolutions
@@ -32,15 +34,12 @@ class GroupedTensor(SlotTensor):
     components.
     """
 
-    groups: int = 1
-
-    @property
-    def rank_step(self) -> int:
-        return self.groups
+    #: the number of groups
+    rank_step: int = 1
 
     @property
     def _share(self) -> int:
-        return self.groups if self.rank_axis else 1
+        return self.rank_step if self.rank_axis else 1
 
     @property
     def capacity(self) -> int:
@@ -53,17 +52,17 @@ class GroupedTensor(SlotTensor):
         return super().shape_for(rank // self._share)
 
     def split(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.rank_axis else tensor.unflatten(0, (self.groups, -1))
+        return tensor if self.rank_axis else tensor.unflatten(0, (self.rank_step, -1))
 
     def _narrow(self, padded: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return self.split(padded).narrow(1, start // self.groups, (stop - start) // self.groups)
+        return self.split(padded).narrow(1, start // self.rank_step, (stop - start) // self.rank_step)
 
 
 def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
     """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
-    groups = getattr(layer.get_base_layer(), "groups", 1)
-    if groups > 1 and adapter_name in layer._modules.get("lora_A", ()):
-        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), groups=groups) for each in tensors]
+    step = getattr(layer.get_base_layer(), "groups", 1)
+    if step > 1 and adapter_name in layer._modules.get("lora_A", ()):
+        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
         tensors = [*tensors, MagnitudeTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", layer=layer)]
@@ -71,6 +70,9 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
 
 
 # ---- magnitudes and biases
+
+#: variants whose only tensor besides A and B is a magnitude
+DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
 
 @dataclass(eq=False)
@@ -104,7 +106,8 @@ def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
 
 def follow(slot: Slot, config: Config, journal: Journal) -> None:
     """Note on a config what it leaves as it is, look after state dicts, and clear caches; for any method."""
-    follow_config(slot, config, journal)
+    # this swap leaves the base weights as they are
+    vars(config)[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
     look_after(slot, config, journal)
     forget_norms(slot, config, journal)
 
@@ -116,22 +119,20 @@ def not_scaled(slot: Slot) -> str | None:
     return configs.not_scaled(slot.config) or with_base
 
 
-class FullLora(Lora):
-    """LoRA with everything that PEFT's configs can ask for."""
+class Beyond(Method):
+    """What is the same for LoRA and for all other methods."""
 
-    #: variants whose tensors this module handles
-    variants: ClassVar[tuple[type, ...]] = (
-        type(None),
-        DoraLinearVariant,
-        DoraConv1dVariant,
-        DoraConv2dVariant,
-        DoraConv3dVariant,
-    )
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
-    unknown: ClassVar[Callable[..., Any]] = staticmethod(configs.unknown)
-    extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)
     follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
     not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
+
+
+class FullLora(Beyond, Lora):
+    """LoRA with everything that PEFT's configs can ask for."""
+
+    variants: ClassVar[tuple[type, ...]] = (*Lora.variants, *DORA)
+    unknown: ClassVar[Callable[..., Any]] = staticmethod(configs.unknown)
+    extra_state: ClassVar[Callable[..., Any]] = staticmethod(configs.extra_state)
 
     def tensors_of(self, layer: torch.nn.Module, adapter_name: str) -> list[SlotTensor] | None:
         # AdaLoRA's layers inherit from LoRA's, but have other tensors

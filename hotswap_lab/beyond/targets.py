@@ -40,17 +40,14 @@ class Targets:
 
     def fit(self, slot: Slot, adapter: Adapter) -> bool:
         """Whether these targets are right for an adapter, and still in the model."""
-        return (
-            slot.config is self.in_model
-            and adapter.tensors.keys() == self.tensors.keys()
-            and _what_it_is(adapter.config) == self.given
-            # the user may have changed scalings since, and a fresh load would restore them
-            and all(table.get(slot.adapter_name) == value for table, value in self.graft.scalars)
-            and all(
-                table.get(key) is tensor and adapter.tensors[name].shape == tensor.shape
-                for name, (table, key, tensor) in self.tensors.items()
-            )
-        )
+        if slot.config is not self.in_model or adapter.tensors.keys() != self.tensors.keys():
+            return False
+        for name, (table, key, tensor) in self.tensors.items():
+            if table.get(key) is not tensor or adapter.tensors[name].shape != tensor.shape:
+                return False
+        # the user may have changed scalings since, and a fresh load would restore them
+        is_kept = all(table.get(slot.adapter_name) == value for table, value in self.graft.scalars)
+        return is_kept and _what_it_is(adapter.config) == self.given
 
     def graft_of(self, adapter: Adapter) -> Graft:
         """A graft that writes only the adapter's tensors."""

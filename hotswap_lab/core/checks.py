@@ -21,20 +21,19 @@ ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *CONVOLUTIONS, torch.n
 
 def check_containers(plan: Plan) -> None:
     """Refuse a config that targets a module with children: PEFT can't load it, so saved adapters couldn't be loaded."""
-    if not plan.check_targets:
-        return
-    for path, kind in plan.slot.once_for(plan.config, _containers_named)[:1]:
+    if plan.check_targets and (found := plan.slot.once_for(plan.config, _container_named)):
+        path, kind = found
         plan.refuse("targets_a_container", path=path, target_modules=plan.config.target_modules, kind=kind)
 
 
-def _containers_named(slot: Slot, config: Config) -> list[tuple[str, str]]:
+def _container_named(slot: Slot, config: Config) -> tuple[str, str] | None:
+    """The path and the class of the first module with children that a config targets; None if there is none."""
     adaptable = (BaseTunerLayer, AuxiliaryTrainingWrapper, *ADAPTABLE)
-    containers = [
-        (path, type(module).__name__)
-        for path, module in slot.walk
-        if path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
-    ]
-    return [each for each in containers if lora.is_targeted(config, each[0])]
+    for path, module in slot.walk:
+        is_container = path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
+        if is_container and lora.is_targeted(config, path):
+            return path, type(module).__name__
+    return None
 
 
 def correct_fan_in_fan_out(plan: Plan) -> None:
@@ -57,10 +56,8 @@ def note_missing_targets(plan: Plan) -> None:
     """Add a note on the layers that an adapter's config targets but that its file has no tensors for."""
     off = [layer for layer in plan.layers if layer.action is Action.OFF] if plan.check_targets else []
     if named := [layer.path for layer in off if layer.is_targeted]:
-        plan.notes.append(
-            f"the config targets {len(named)} layers that the file has no tensors for ({listing(named, 2)}); "
-            "they are turned off"
-        )
+        lacking = f"{len(named)} layers that the file has no tensors for ({listing(named, 2)})"
+        plan.notes.append(f"the config targets {lacking}; they are turned off")
 
 
 def note_other_base(plan: Plan) -> None:

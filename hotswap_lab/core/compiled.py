@@ -158,8 +158,7 @@ def _context_of(each: Any) -> object | None:
     """The compile context of a module or function. A function stores it only in its closure."""
     if isinstance(each, torch.nn.Module):
         return each.__dict__.get("dynamo_ctx")
-    function = getattr(each, "__func__", each)
-    for cell in function.__closure__ or ():
+    for cell in getattr(each, "__func__", each).__closure__ or ():
         with contextlib.suppress(ValueError):  # the cell is empty
             if compat.is_a(cell.cell_contents, "DynamoContext"):
                 return cell.cell_contents

@@ -66,6 +66,11 @@ def canonical_path(key: str) -> str:
     return key
 
 
+def key_in_file(key: str) -> str:
+    """A tensor's key as PEFT writes it to a file: with its prefix, and without the prefixes of other wrappers."""
+    return key if key.startswith("base_model.") else PEFT_PREFIX + canonical_path(key)
+
+
 def _carrier(root: torch.nn.Module, module: torch.nn.Module) -> Host | None:
     if isinstance(module, PeftModel):
         inner: Any = unwrap_compiled(module.base_model)
@@ -97,8 +102,7 @@ def hosts_in(owner: object) -> list[Host]:
     if not isinstance(owner, torch.nn.Module):
         models = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "model", None)]  # a panel's is found
     modules = dict.fromkeys(each for each in models if isinstance(each, torch.nn.Module))
-    found = [host for module in modules for host in carriers(module)]
-    return [host for host in found if host.configs]
+    return [host for module in modules for host in carriers(module) if host.configs]
 
 
 def name_in(model: torch.nn.Module, adapter_name: str | None) -> str:

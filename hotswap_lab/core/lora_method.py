@@ -3,7 +3,7 @@
 What it refuses, ``hotswap_lab.beyond`` takes up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from . import settings
 from .errors import Refusal, refusal
 from .host import Config, TunerLayer
-from .journal import Journal
 from .lora import HEADS
 from .method import Method
 from .state_dict_hooks import look_after
@@ -27,6 +26,7 @@ class Lora(Method):
     is_lora: ClassVar[bool] = True
     #: variants of a layer whose tensors are all known here
     variants: ClassVar[tuple[type, ...]] = (type(None),)
+    follow: ClassVar[Callable[..., Any]] = staticmethod(look_after)
 
     def takes(self, config: Config) -> bool:
         return config.peft_type == PeftType.LORA
@@ -67,9 +67,6 @@ class Lora(Method):
         # a PeftModel for such a task has a head of its own, which is saved with the adapter
         return [*settings.unusual(config), *(["task_type"] if config.task_type in HEADS else [])]
 
-    def follow(self, slot: Any, config: Config, journal: Journal) -> None:
-        look_after(slot, config, journal)
-
     def is_special(self, layer: TunerLayer, adapter_name: str) -> bool:
         """Whether a layer of LoRA has state that this method doesn't handle."""
         is_known = isinstance(layer.lora_variant.get(adapter_name), self.variants)
@@ -92,10 +89,8 @@ def _obstacle_at(tensor: SlotTensor) -> str | None:
     if parameter.is_meta:
         if hasattr(tensor.owner, "_hf_hook"):
             # the weight is in the hook's own store; a write to it there would not be noticed
-            return (
-                f"a {tensor.named_key} that accelerate keeps elsewhere between calls: swap after "
-                "accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
-            )
+            next_step = "swap after accelerate.hooks.remove_hook_from_submodules(model), then offload the model again"
+            return f"a {tensor.named_key} that accelerate keeps elsewhere between calls: {next_step}"
         return f"a {tensor.named_key} without data (on the meta device)"
     if reason := tensor.obstacle():
         return f"a {tensor.named_key} {reason}"

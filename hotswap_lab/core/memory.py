@@ -20,7 +20,7 @@ from .adapter import WHEN
 from .errors import Refusal, refusal
 from .host import canonical_path
 from .slot import Slot, has_been_swapped
-from .tensors import SlotTensor, have_same_values
+from .tensors import SlotTensor, have_same_values, named_tensors
 from .wrappers import entries_under
 
 # ---- targets
@@ -148,8 +148,7 @@ def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal
 def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an adapter, with its saved modules and trained tokens; of another method, all that there are."""
     if not slot.method.is_lora:  # some keep their tensors in no layer
-        yield from slot.host.carrier.named_parameters(remove_duplicate=False)
-        yield from slot.host.carrier.named_buffers(remove_duplicate=False)
+        yield from named_tensors(slot.host.carrier)
         return
     for layer in slot.layers:
         yield from zip(layer.keys, [tensor.parameter for tensor in layer.tensors], strict=True)

@@ -193,9 +193,8 @@ def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra: 
     capacity |= {layer: space[layer.path] for layer in reserved}
     with slot.write_mode(), torch.no_grad():
         memory = build_room(slot, capacity, reserved, kind, extra)
-    left = room_left_by(slot)
     change = begin_change(slot, slot.config)
-    if left is not None:
+    if (left := room_left_by(slot)) is not None:
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
     for tensor in memory.spans:

@@ -242,9 +242,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
     or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
     the others takes a call in every process, but a state dict may be requested in one of them only.
     """
-    if not is_marked_off(layer, adapter_name):
-        return False
-    return not any(tensor.memory.any() for tensor in tensors if not tensor.reads_base)
+    return is_marked_off(layer, adapter_name) and not any(each.memory.any() for each in tensors if not each.reads_base)
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:

@@ -21,7 +21,7 @@ from .errors import listing, refused
 from .host import Config
 from .journal import Journal
 from .prepared import is_marked_off, is_off, new_scalings, own_rank
-from .settings import LayerSettings, settings_of
+from .settings import LayerSettings, OfLayers, settings_of
 from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
 from .telling import write_scalings, write_settings
 from .tensors import SlotTensor, is_shared, shared_as
@@ -259,7 +259,7 @@ class Room:
         write_scalings(change, self.scalings, self.slot.adapter_name, scalings)
         return change
 
-    def change_without_weights(self, settings: Sequence[LayerSettings | None], config: Config) -> Change:
+    def change_without_weights(self, settings: OfLayers, config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, *self.components_for(state))
@@ -343,10 +343,8 @@ def build_room(
         key = tensor.parameter.dtype, tensor.parameter.device
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
     bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
-    settings = [
-        None if layer in reserved or is_off(layer.module, name, layer.tensors) else settings_of(layer.module, name)
-        for layer in capacity
-    ]
+    on = {each for each in capacity if each not in reserved and not is_off(each.module, name, each.tensors)}
+    settings = [settings_of(layer.module, name) if layer in on else None for layer in capacity]
     with torch.inference_mode(False):
         devices = dict.fromkeys(device for _, device in groups)
         scalings = [kind.new_scalings(len(capacity), device) for device in devices]

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,6 +85,10 @@ class LayerSettings:
     def scaling(self) -> float:
         """The factor of ``B @ A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / math.sqrt(self.rank) if self.use_rslora else self.alpha / self.rank
+
+
+#: the settings of several layers; None where the adapter is off
+OfLayers = Sequence[LayerSettings | None]
 
 
 class Setting(NamedTuple):

@@ -359,15 +359,13 @@ def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # raises
     method = next(each for each in methods if each.takes(host.configs[adapter_name]))
-    found: dict[torch.nn.Module, tuple[list[SlotTensor], list[str]]] = {}
+    found: dict[torch.nn.Module, tuple[tuple[SlotTensor, ...], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
         if module in found:
             found[module][1].append(path)
         elif (tensors := method.tensors_of(module, adapter_name)) is not None:
-            found[module] = tensors, [path]
-    layers = [
-        SlotLayer(paths[0], module, tuple(tensors), tuple(paths[1:])) for module, (tensors, paths) in found.items()
-    ]
+            found[module] = tuple(tensors), [path]
+    layers = [SlotLayer(first, module, own, tuple(others)) for module, (own, (first, *others)) in found.items()]
     slot = Slot(methods, adapter_name, host, method, tuple(layers))
     slot.walk = walk
     return slot

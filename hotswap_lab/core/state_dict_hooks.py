@@ -9,7 +9,7 @@ stays valid. An adapter of a lower rank than was prepared for is padded with zer
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,6 +23,8 @@ from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
 
 #: all methods that a model may have adapters of
 Methods = Sequence[Method]
+#: ends the first sentence of a warning
+DIFFERS = "so what is saved is not what the model computes"
 
 
 def look_after(slot: Slot, config: Config, journal: Journal) -> None:
@@ -46,16 +48,9 @@ def forget_hooks(module: torch.nn.Module) -> None:
                 del hooks[number]
 
 
-class Marked(NamedTuple):
-    """A tensor of an adapter that may be padded, or whose layer is off."""
-
-    #: the tensor's name in a state dict
-    key: str
-    layer: Any
-    adapter_name: str
-    tensor: SlotTensor
-    is_off: bool
-    reason: str | None
+#: a tensor of an adapter that may be padded, or whose layer is off: its name in a state dict, its layer, the adapter's
+#: name, the tensor, whether the layer is off, and a warning or None
+Marked = tuple[str, Any, str, SlotTensor, bool, str | None]
 
 
 def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
@@ -68,7 +63,7 @@ def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Ma
                 off = is_off(layer, name, tensors)
                 for tensor in tensors:
                     reason = strange_padding(layer, name, tensor, tensors if method and method.is_lora else ())
-                    yield Marked(f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason)
+                    yield f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason
 
 
 def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
@@ -130,11 +125,9 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     rank = own_rank(layer, adapter_name, tensor)
     if rank == tensor.capacity or tensor.is_shard or not tensor.padding(tensor.parameter, rank).any():
         return None
-    return (
-        f"The adapter {adapter_name!r} has rank {rank}, but the padding of its {tensor.key} is not zero, so what is "
-        "saved is not what the model computes. An optimizer that still has the state of an earlier adapter does this: "
-        "make a new one after a swap."
-    )
+    found = f"has rank {rank}, but the padding of its {tensor.key} is not zero, {DIFFERS}"
+    cause = "An optimizer that still has the state of an earlier adapter does this: make a new one after a swap."
+    return f"The adapter {adapter_name!r} {found}. {cause}"
 
 
 def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
@@ -144,10 +137,9 @@ def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lor
         return None
     if any(each.memory.any() for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
         return None
-    return (
-        f"The adapter {adapter_name!r} is off on a layer, but its {tensor.key} there was written to, so what is saved "
-        "is not what the model computes. PEFT's set_adapter lets it be trained: call that before a swap, not after."
-    )
+    found = f"is off on a layer, but its {tensor.key} there was written to, {DIFFERS}"
+    cause = "PEFT's set_adapter lets it be trained: call that before a swap, not after."
+    return f"The adapter {adapter_name!r} {found}. {cause}"
 
 
 def _means_off(layer: Any, tensor: SlotTensor) -> bool:

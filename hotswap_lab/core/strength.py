@@ -43,11 +43,8 @@ def strength_of(slot: Slot) -> float:
     if not slot.method.is_lora or slot.method.unknown(slot.config):
         check_scalable(slot)
     name = slot.adapter_name
-    strengths = {
-        round(float(layer.module.scaling[name]) / _trained(slot, layer), 6)
-        for layer in slot.layers
-        if not is_off(layer.module, name, layer.tensors) and _trained(slot, layer)
-    }
+    on = [each for each in slot.layers if not is_off(each.module, name, each.tensors) and _trained(slot, each)]
+    strengths = {round(float(layer.module.scaling[name]) / _trained(slot, layer), 6) for layer in on}
     if len(strengths) > 1:
         raise refused("different_strengths", adapter_name=name, strengths=listing(sorted(strengths)))
     return strengths.pop() if strengths else 1.0

@@ -14,7 +14,7 @@ import torch
 from .change import Change
 from .journal import Journal
 from .lora import write_dropout
-from .settings import SCALAR_TABLES, LayerSettings
+from .settings import SCALAR_TABLES, OfLayers
 from .slot import Slot, SlotLayer
 from .tensors import OFF_ATTRIBUTE
 
@@ -44,11 +44,7 @@ def write_scalings(change: Change, targets: Sequence[Any], name: str, values: Se
 
 
 def write_settings(
-    slot: Slot,
-    layers: Sequence[SlotLayer],
-    settings: Sequence[LayerSettings | None],
-    journal: Journal,
-    fields: Collection[str] | None = None,
+    slot: Slot, layers: Sequence[SlotLayer], settings: OfLayers, journal: Journal, fields: Collection[str] | None = None
 ) -> None:
     """Write the settings of an adapter to these layers; None turns it off on a layer.
 

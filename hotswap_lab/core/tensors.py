@@ -1,7 +1,7 @@
 """The unit of a swap: one tensor of one adapter."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -147,6 +147,12 @@ def is_prepared(layer: torch.nn.Module, adapter_name: str) -> bool:
         return True
     scaling = layer.__dict__.get("scaling")  # a plain table: perhaps PEFT has prepared the layer
     return isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), torch.Tensor)
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a model, shared ones by each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 # ---- the values of tensors

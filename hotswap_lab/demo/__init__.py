@@ -13,6 +13,7 @@ that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, whic
 
 from __future__ import annotations
 
+import functools
 import os
 import string
 import warnings
@@ -153,11 +154,9 @@ def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> di
     labels = [row.clone() for row in rows]
     for label, (prompt, _) in zip(labels, pairs, strict=True):
         label[: len(prompt)] = IGNORED
-    return {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids, mask = pad(rows, padding_value=tokenizer.pad_token_id), pad([torch.ones_like(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, padding_value=IGNORED)}
 
 
 def make_batch(tokenizer: Tokenizer, words: Sequence[str], task: Callable[[str], str]) -> dict[str, torch.Tensor]:

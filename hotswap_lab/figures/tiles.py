@@ -88,11 +88,9 @@ def drawn(
         place = partial(area, left + column * step, top + row * step, size, size)
         says, here = f"{tile.path}: {tile.says}", f"{column_labels[column]} in block {row_labels[row]}: {tile.says}"
         # the text has its font where it is shown, by widgets/live.css
-        spots.append(
-            f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img'><title>{escape(says)}</title>"
-            f"<rect {place()} fill='none' pointer-events='all'/>"
-            f"<text x='12' y='{y + 12:g}' fill='{INK}' visibility='hidden'>{escape(here)}</text></g>"
-        )
+        told = f"<text x='12' y='{y + 12:g}' fill='{INK}' visibility='hidden'>{escape(here)}</text>"
+        inside = f"<title>{escape(says)}</title><rect {place()} fill='none' pointer-events='all'/>{told}"
+        spots.append(f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img'>{inside}</g>")
         if tile.path in former[1]:
             spots.append(f"<rect {place(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
     whole, image = area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))

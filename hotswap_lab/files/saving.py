@@ -82,11 +82,8 @@ def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Te
         tensors = get_peft_model_state_dict(alone, adapter_name=name, save_embedding_layers=embeddings)
     # PEFT takes these from the layers, for all adapters, so those of the others are removed here
     strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
-    return {
-        key: _whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-        if not key.endswith(strange)
-    }
+    own = {key: _whole(tensor.detach()) for key, tensor in tensors.items() if not key.endswith(strange)}
+    return {key: each.cpu().clone(memory_format=torch.contiguous_format) for key, each in own.items()}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -196,11 +196,9 @@ def part_01(text):
         get_peft_model(demo.load_base(), config).save_pretrained(place)
         for name, folder in {**FOLDERS, "patterns": place}.items():
             truth = fresh(name) if name in FOLDERS else PeftModel.from_pretrained(demo.load_base(), place)
-            yours = {
-                f"{path}.{key}": value
-                for path, values in mini.read(folder).items()
-                for key, value in zip(("lora_A", "lora_B", "scaling"), values, strict=True)
-            }
+            yours: dict[str, Any] = {}
+            for path, values in mini.read(folder).items():
+                yours |= zip((f"{path}.lora_A", f"{path}.lora_B", f"{path}.scaling"), values, strict=True)
             yield f"read {name}", *first_difference(yours, tensors_of(truth))
 
 

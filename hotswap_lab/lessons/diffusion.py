@@ -43,10 +43,8 @@ def grid(rows: Mapping[str, torch.Tensor], columns: Sequence[str] = ()) -> Figur
     for number, (label, images) in enumerate(rows.items()):
         y = top + number * (CELL + 4)
         canvas.text(left - 10, y + CELL / 2 + 4, label, anchor="end")
-        canvas.shapes.append(
-            f"<image x='{left}' y='{y}' width='{len(images) * CELL}' height='{CELL}' preserveAspectRatio='none' "
-            f"href='{address(_png(images))}'/>"
-        )
+        place = f"x='{left}' y='{y}' width='{len(images) * CELL}' height='{CELL}' preserveAspectRatio='none'"
+        canvas.shapes.append(f"<image {place} href='{address(_png(images))}'/>")
     above = f", from left to right {', '.join(columns)}" if columns else ""
     return canvas.figure(f"{count} pictures in each row: {', '.join(rows)}{above}")
 

@@ -111,8 +111,7 @@ def search(solution):
     right, path = 1.0, "model.layers.1.mlp.up_proj"  # alpha 8, rank 8
     folder = demo.adapter_path("shout")
     prepare_model_for_compiled_hotswap(model, adapters=[folder])
-    number = [layer.path for layer in resolve_slot(model, "default").layers].index(path)
-    files = mistakes(number)
+    files = mistakes([layer.path for layer in resolve_slot(model, "default").layers].index(path))
 
     def found() -> dict[str, float]:
         return {file: float(value) for file, value in solution(model, folder, path).items()}

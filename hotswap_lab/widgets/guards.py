@@ -12,11 +12,10 @@ from .. import compat, demo
 from ..figures import Canvas, Figure
 from ..figures.latency import readable, timeline
 from ..figures.palette import RIGHT, WRONG
-from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
 from ..threads import in_use
 from ..watch import RecompileWatch
-from .switch import ModelSwitch, contents, switch_for
+from .switch import Switch, contents, switch_for
 from .view import choices, counted, wrapping_row
 from .work import WorkingView
 
@@ -157,7 +156,7 @@ class Column:
         self._code = call.__code__ = call.__code__.replace()
         # a graph break, or too many graphs, would leave guards out; so it is an error
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
-        self.switch: AdapterPool | ModelSwitch = switch_for(model, adapters)
+        self.switch: Switch = switch_for(model, adapters)
         self.watch: RecompileWatch = RecompileWatch()
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}

@@ -72,6 +72,10 @@ class ModelSwitch:
         self.strength = 0
 
 
+#: what swaps by name
+Switch = AdapterPool | ModelSwitch
+
+
 def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:
     """A pool of the embedded model with all of its adapters, and the tokenizer.
 
@@ -85,10 +89,10 @@ def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:
 
 
 def switch_for(
-    pool_or_model: AdapterPool | ModelSwitch | torch.nn.Module,
+    pool_or_model: Switch | torch.nn.Module,
     adapters: Mapping[str, object] | None = None,
     adapter_name: str | None = None,
-) -> AdapterPool | ModelSwitch:
+) -> Switch:
     """The pool or switch that a widget was given, or a switch for the model that it was given.
 
     >>> switch_for(42)
@@ -99,14 +103,14 @@ def switch_for(
       next:     pass one of these
     """
     check_named(adapters)
-    if isinstance(pool_or_model, AdapterPool | ModelSwitch) and not adapters:
+    if isinstance(pool_or_model, Switch) and not adapters:
         return pool_or_model
     if isinstance(pool_or_model, torch.nn.Module) and adapters:
         return ModelSwitch(pool_or_model, adapters, adapter_name)
     raise refused("no_place_to_swap", kind=type(pool_or_model).__name__, how="and" if adapters else "without")
 
 
-def config_of(switch: AdapterPool | ModelSwitch) -> PeftConfig:
+def config_of(switch: Switch) -> PeftConfig:
     """The config of the adapter that is in the model."""
     return find_host(switch.model, switch.adapter_name).configs[switch.adapter_name]
 
@@ -144,7 +148,7 @@ def is_off(layer: torch.nn.Module, name: str) -> bool:
     return getattr(layer, "disable_adapters", False) or name not in getattr(layer, "active_adapters", [name])
 
 
-def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
+def whereabouts(switch: Switch) -> str:
     """The active adapter, ``"off"``, or ``"another adapter"``.
 
     >>> from hotswap_lab import demo
@@ -160,7 +164,7 @@ def whereabouts(switch: AdapterPool | ModelSwitch) -> str:
     return "off" if strength_of(switch) == 0 or (off and all(off)) else switch.active or "another adapter"
 
 
-def strength_of(switch: AdapterPool | ModelSwitch) -> float | None:
+def strength_of(switch: Switch) -> float | None:
     """The strength; None if it can't be set, as for DoRA, or if layers have different ones."""
     try:
         return None if not_scaled(config_of(switch)) else switch.strength

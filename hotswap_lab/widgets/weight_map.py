@@ -8,11 +8,10 @@ from peft.utils.integrations import dequantize_module_weight
 from ..core.slot import Slot, SlotLayer
 from ..figures import Figure
 from ..figures.tiles import CELLS, LARGE, Tile, drawn, split
-from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import in_use, in_use_now
 from .results import Run
-from .switch import ModelSwitch, is_off, whereabouts
+from .switch import ModelSwitch, Switch, is_off, whereabouts
 from .view import View, note_cell
 
 
@@ -55,7 +54,7 @@ class WeightMap(View):
     #: the adapter before this one, and the layers where it was
     former: tuple[str, frozenset[str]] = ("", frozenset())
 
-    def __init__(self, pool_or_model: AdapterPool | ModelSwitch | torch.nn.Module, adapter_name: str | None = None):
+    def __init__(self, pool_or_model: Switch | torch.nn.Module, adapter_name: str | None = None):
         is_model = isinstance(pool_or_model, torch.nn.Module)
         self._switch = ModelSwitch(pool_or_model, {}, adapter_name) if is_model else pool_or_model
         self.model: torch.nn.Module = self._switch.model
