@@ -29,9 +29,9 @@ from .core.report import text_table, wrapped
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of a refusal, and what it is in a terminal, of advice.txt; a plan has no values to add layers with
+#: the advice of a refusal, and what it is in a terminal, of files/advice.txt; a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
-LINES: list[str] = Path(__file__).with_name("advice.txt").read_text("utf-8").splitlines()
+LINES: list[str] = (Path(__file__).parent / "files" / "advice.txt").read_text("utf-8").splitlines()
 IN_COMMANDS: dict[str, str] = {python: command.strip() for python, command in (each.split(" ->") for each in LINES)}
 IN_PLAN: dict[str, str] = IN_COMMANDS | {ADD: "plan B A instead, with the most layers first; or `verify --add-layers`"}
 #: the end of a text that doesn't show all refusals
