@@ -41,6 +41,7 @@ _PUBLIC = {
     "files.reading": "Adapter",
     "pipelines.lora_files": "read_pipeline_lora",
     "pipelines.patching": "patch_peft",
+    "pipelines.pool": "PipelinePool",
     "pipelines.pipeline": "PipelinePlan hotswap_pipeline plan_pipeline_hotswap prepare_pipeline_for_compiled_hotswap",
     "pools.adapter_pool": "AdapterPool",
     "swap": "commit get_strength hotswap_adapter hotswap_adapter_from_state_dict loaded plan_hotswap "
@@ -79,6 +80,7 @@ if _typing.TYPE_CHECKING:
     from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
     from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
     from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+    from .pipelines.pool import PipelinePool as PipelinePool
     from .pools.adapter_pool import AdapterPool as AdapterPool
     from .swap import commit as commit
     from .swap import get_strength as get_strength

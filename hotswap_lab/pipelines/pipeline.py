@@ -9,13 +9,13 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .. import compat
 from ..beyond.passes import METHODS, PASSES
-from ..core.change import apply
+from ..core.change import Change, apply
 from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refused
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
@@ -165,7 +165,7 @@ def hotswap_pipeline(
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
     with refusals_told(pipe, adapter_name):
-        adapters = _read(pipe, source, allow_nonfinite, kwargs)
+        adapters = read_source(pipe, source, allow_nonfinite, kwargs)
         with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)
             plan.raise_if_refused()
@@ -220,7 +220,7 @@ def plan_pipeline_hotswap(
       action  layers  rank          scaling
       resize       1  2 -> 3        1
     """
-    adapters = _read(pipe, source, allow_nonfinite, kwargs)
+    adapters = read_source(pipe, source, allow_nonfinite, kwargs)
     plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
     return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
 
@@ -290,18 +290,23 @@ def prepare_pipeline_for_compiled_hotswap(
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
     with refusals_told(pipe, adapter_name):
         check_pipeline(pipe)
-        loaded = _with_adapter(pipe, adapter_name, components)
-        families: dict[str, list[Adapter]] = {name: [] for name in loaded}
-        for source in adapters:
-            for name, adapter in _for_these(_read(pipe, source, False, kwargs), loaded, components).items():
-                families[name].append(adapter)
-        if refusals := [each for model in loaded.values() for each in _offloading(model)]:
-            raise HotswapError(*refusals)
+        loaded = with_adapter(pipe, adapter_name, components)
+        read = [for_these(read_source(pipe, source, False, kwargs), loaded, components) for source in adapters]
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
         with locked(*bases_of(pipe)):
-            changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
             slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
-            apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
+            apply(changes_to_prepare_all(loaded, read, **options), tell=lambda: tell("prepare", slots))
+
+
+def changes_to_prepare_all(
+    loaded: Mapping[str, torch.nn.Module], family: Sequence[Mapping[str, Adapter]], **options: Any
+) -> list[Change]:
+    """The changes that prepare components for a family, whose adapters are by component."""
+    if refusals := [each for model in loaded.values() for each in _offloading(model)]:
+        raise HotswapError(*refusals)
+    members = {name: [each[name] for each in family if name in each] for name in loaded}
+    changes = [changes_to_prepare(METHODS, model, members[name], **options) for name, model in loaded.items()]
+    return [change for of_one in changes for change in of_one]
 
 
 def _decide(
@@ -311,13 +316,12 @@ def _decide(
     components: Sequence[str] | None,
     add_layers: bool,
 ) -> PipelinePlan:
-    loaded = _with_adapter(pipe, adapter_name, components)
-    adapters = _for_these(adapters, loaded, components)
+    loaded = with_adapter(pipe, adapter_name, components)
+    adapters = for_these(adapters, loaded, components)
     plans = {}
-    for name, model in loaded.items():
+    for name, adapter in with_nothing(adapters, loaded, adapter_name).items():
+        model = loaded[name]
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
-        # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
-        adapter = adapters.get(name) or Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
         checks = not hasattr(type(slot.host.base), "load_lora_adapter")
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)
@@ -326,7 +330,21 @@ def _decide(
     return PipelinePlan(plans)
 
 
-def _with_adapter(
+def with_nothing(
+    adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], adapter_name: str
+) -> dict[str, Adapter]:
+    """The adapters of a file for all components: one without tensors, which is off, where the file has nothing.
+
+    A fresh load would create no adapter there. The old config is kept, so that later files still find a slot.
+    """
+    source, found = next(iter(adapters.values())).source, {}
+    for name, model in loaded.items():
+        config = find_host(model, adapter_name).configs[adapter_name]
+        found[name] = adapters.get(name) or Adapter(copy.deepcopy(config), {}, source)
+    return found
+
+
+def with_adapter(
     pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
 ) -> dict[str, torch.nn.Module]:
     """The ``components`` (None: all) that have an adapter of this name (None: any), by name."""
@@ -340,7 +358,7 @@ def _with_adapter(
     return loaded
 
 
-def _for_these(
+def for_these(
     adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
 ) -> dict[str, Adapter]:
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
@@ -350,7 +368,7 @@ def _for_these(
     return wanted
 
 
-def _read(
+def read_source(
     pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping[str, object]
 ) -> Mapping[str, Adapter]:
     if not (isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values())):
