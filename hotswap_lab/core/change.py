@@ -112,16 +112,14 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Carry out everything that is applied in a block at its end: all of it, or none."""
-    token = _COLLECTED.set(collected := [])
+def together(journal: Journal | None = None) -> Iterator[None]:
+    """Carry out everything that is applied in a block at its end: all of it, or none; ``journal`` is as above."""
+    token = _COLLECTED.set(found := [])
     try:
         yield
     finally:
         _COLLECTED.reset(token)
-    apply(
-        [each for changes, _ in collected for each in changes], tell=lambda: [tell() for _, tell in collected if tell]
-    )
+    apply([each for changes, _ in found for each in changes], journal, lambda: [tell() for _, tell in found if tell])
 
 
 def _write(change: Change, journal: Journal) -> None:

@@ -9,13 +9,13 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from .. import compat
 from ..beyond.passes import METHODS, PASSES
-from ..core.change import Change, apply
+from ..core.change import apply
 from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refused
 from ..core.host import carriers, find_host
 from ..core.loaded import tell
@@ -31,8 +31,10 @@ from .lora_files import check_pipeline, components_of, read_pipeline_lora
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+#: adapters, and models, by the names of components
+Adapters, Models = Mapping[str, Adapter], dict[str, torch.nn.Module]
 #: anything that ``load_lora_weights`` takes, or the result of :func:`read_pipeline_lora`
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Mapping[str, Adapter]
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapters
 
 #: the name that ``load_lora_weights`` gives to the first adapter by default
 DEFAULT_NAME = "default_0"
@@ -289,24 +291,16 @@ def prepare_pipeline_for_compiled_hotswap(
     """
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
     with refusals_told(pipe, adapter_name):
-        check_pipeline(pipe)
         loaded = with_adapter(pipe, adapter_name, components)
         read = [for_these(read_source(pipe, source, False, kwargs), loaded, components) for source in adapters]
+        families = {name: [each[name] for each in read if name in each] for name in loaded}
+        if refusals := [each for model in loaded.values() for each in _offloading(model)]:
+            raise HotswapError(*refusals)
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
         with locked(*bases_of(pipe)):
+            changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
             slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
-            apply(changes_to_prepare_all(loaded, read, **options), tell=lambda: tell("prepare", slots))
-
-
-def changes_to_prepare_all(
-    loaded: Mapping[str, torch.nn.Module], family: Sequence[Mapping[str, Adapter]], **options: Any
-) -> list[Change]:
-    """The changes that prepare components for a family, whose adapters are by component."""
-    if refusals := [each for model in loaded.values() for each in _offloading(model)]:
-        raise HotswapError(*refusals)
-    members = {name: [each[name] for each in family if name in each] for name in loaded}
-    changes = [changes_to_prepare(METHODS, model, members[name], **options) for name, model in loaded.items()]
-    return [change for of_one in changes for change in of_one]
+            apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
 
 
 def _decide(
@@ -316,10 +310,8 @@ def _decide(
     components: Sequence[str] | None,
     add_layers: bool,
 ) -> PipelinePlan:
-    loaded = with_adapter(pipe, adapter_name, components)
-    adapters = for_these(adapters, loaded, components)
-    plans = {}
-    for name, adapter in with_nothing(adapters, loaded, adapter_name).items():
+    loaded, plans = with_adapter(pipe, adapter_name, components), {}
+    for name, adapter in for_all(for_these(adapters, loaded, components), loaded, adapter_name).items():
         model = loaded[name]
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
         # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
@@ -330,9 +322,7 @@ def _decide(
     return PipelinePlan(plans)
 
 
-def with_nothing(
-    adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], adapter_name: str
-) -> dict[str, Adapter]:
+def for_all(adapters: Adapters, loaded: Models, adapter_name: str) -> dict[str, Adapter]:
     """The adapters of a file for all components: one without tensors, which is off, where the file has nothing.
 
     A fresh load would create no adapter there. The old config is kept, so that later files still find a slot.
@@ -344,10 +334,9 @@ def with_nothing(
     return found
 
 
-def with_adapter(
-    pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
-) -> dict[str, torch.nn.Module]:
+def with_adapter(pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None) -> Models:
     """The ``components`` (None: all) that have an adapter of this name (None: any), by name."""
+    check_pipeline(pipe)
     models = components_of(pipe)
     chosen = list(models if components is None else components)
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
@@ -358,9 +347,7 @@ def with_adapter(
     return loaded
 
 
-def for_these(
-    adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
-) -> dict[str, Adapter]:
+def for_these(adapters: Adapters, loaded: Models, components: Sequence[str] | None) -> dict[str, Adapter]:
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
@@ -368,9 +355,7 @@ def for_these(
     return wanted
 
 
-def read_source(
-    pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping[str, object]
-) -> Mapping[str, Adapter]:
+def read_source(pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping) -> Adapters:
     if not (isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values())):
         return read_pipeline_lora(pipe, source, allow_nonfinite=allow_nonfinite, **arguments)
     if arguments:

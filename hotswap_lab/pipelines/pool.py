@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from ..core.change import apply, together
-from ..core.errors import listing, refused
+from ..core.change import together
 from ..core.journal import Journal
 from ..files.reading import Adapter
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import refusals_told
 from ..threads import Block, bases_of, locked, share_turn
-from .lora_files import check_pipeline
-from .pipeline import DEFAULT_NAME, Source, changes_to_prepare_all, for_these, read_source, with_adapter, with_nothing
+from .pipeline import Source, for_all, for_these, prepare_pipeline_for_compiled_hotswap, read_source, with_adapter
+
+#: LoRA files by the names that they get in the pool
+Files = Mapping[str, Source]
 
 
 class PipelinePool:
@@ -41,10 +40,6 @@ class PipelinePool:
     target_rank:
         A rank to make room for, for files that are added later and for mixes. The highest rank of ``adapters`` always
         has room.
-    check_compiled:
-        What to do if a component is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``.
-    progress:
-        Whether to show a progress bar while files are read.
     **kwargs:
         Other arguments of ``load_lora_weights``, for reading all of the files: ``weight_name``, ``token``, ...
 
@@ -68,7 +63,7 @@ class PipelinePool:
     ...     tensors = {"A.weight": torch.ones(rank, 4), "B.weight": torch.ones(8, rank)}
     ...     return {f"transformer.x_embedder.lora_{key}": tensor for key, tensor in tensors.items()}
     >>> pipe.load_lora_weights(lora(2), adapter_name="style")
-    >>> pool = PipelinePool(pipe, "style", {"ink": lora(3), "oil": lora(5)}, progress=False)
+    >>> pool = PipelinePool(pipe, "style", {"ink": lora(3), "oil": lora(5)})
     >>> pool.swap("ink")
     >>> with pool.using("oil"):
     ...     pool.active, pipe.transformer.peft_config["style"].r
@@ -78,33 +73,24 @@ class PipelinePool:
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        adapter_name: str = DEFAULT_NAME,
-        adapters: Mapping[str, Source] | None = None,
-        *,
-        target_rank: int | None = None,
-        check_compiled: Literal["error", "warn", "ignore"] = "error",
-        progress: bool = True,
-        **kwargs: object,
+        self, pipe: Any, adapter_name: str, adapters: Files, *, target_rank: int | None = None, **kwargs: object
     ):
         check_named(adapters)
         self.pipe, self.adapter_name, self._reading = pipe, adapter_name, kwargs
-        self._told = partial(refusals_told, pipe, adapter_name)
+        self._told = lambda: refusals_told(pipe, adapter_name)
         with self._told():
-            check_pipeline(pipe)
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes
             self.model = torch.nn.ModuleList(self._loaded.values())
             self._bases = bases_of(self)
-            files = tqdm((adapters or {}).items(), desc="reading", unit="file", disable=not progress)
-            read = {name: self._read(source) for name, source in files}
-            options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
+            read = {name: self._read(source) for name, source in adapters.items()}
             with locked(*self._bases):
                 share_turn(self._bases)
                 way_back = Journal()
                 try:
-                    apply(changes_to_prepare_all(self._loaded, [*read.values()], **options), way_back)
+                    with together(way_back):
+                        needs: dict[str, Any] = dict(target_rank=target_rank, adapter_name=adapter_name)
+                        prepare_pipeline_for_compiled_hotswap(pipe, read.values(), **needs)
                     self._pools: dict[str, AdapterPool] = {}
                     for key, model in self._loaded.items():
                         family = {name: each[key] for name, each in read.items()}
@@ -115,7 +101,7 @@ class PipelinePool:
 
     def _read(self, source: Source) -> dict[str, Adapter]:
         adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
-        return with_nothing(adapters, self._loaded, self.adapter_name)
+        return for_all(adapters, self._loaded, self.adapter_name)
 
     def _all(self, action: Callable[[AdapterPool, str], object]) -> None:
         """Do the same in the pools of all components, and write all of it, or nothing."""
@@ -135,13 +121,14 @@ class PipelinePool:
         return found.pop() if len(found) == 1 else None
 
     @property
-    def strength(self) -> float:
-        """The strength of the adapter: 1 as trained, 0 not at all. May be set at any time; a swap sets it to 1."""
+    def strength(self) -> float | None:
+        """The strength of the adapter: 1 as trained, 0 not at all; None if the components have different ones.
+
+        It may be set at any time; a swap sets it to 1.
+        """
         # a component that the file has nothing for has none
         found = {pool.strength for pool in self._pools.values() if any(pool._room.state.on)} or {1.0}
-        if len(found) > 1:
-            raise refused("different_strengths", adapter_name=self.adapter_name, strengths=listing(sorted(found)))
-        return found.pop()
+        return found.pop() if len(found) == 1 else None
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -182,6 +169,3 @@ class PipelinePool:
         return "\n".join(f"{component}: {pool}" for component, pool in self._pools.items())
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return "".join(f"<h4>{component}</h4>{pool._repr_html_()}" for component, pool in self._pools.items())

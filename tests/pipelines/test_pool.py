@@ -60,7 +60,7 @@ def ten(kind=SD) -> dict[str, dict[str, torch.Tensor]]:
 
 def pool_of(files, kind=SD, **options):
     pipe = kind.loaded(next(iter(files.values())))
-    return pipe, PipelinePool(pipe, "style", files, progress=False, **options)
+    return pipe, PipelinePool(pipe, "style", files, **options)
 
 
 @pytest.mark.parametrize("kind", ["sd", long("sdxl"), long("flux")])
@@ -73,7 +73,7 @@ def test_ten_files_in_any_order(tmp_path, caplog, kind):
     caplog.set_level(logging.INFO)
     pipe = kind.loaded(files["style 0"])
     logging.getLogger("diffusers").addHandler(caplog.handler)
-    pool = PipelinePool(pipe, "style", sources, progress=False)
+    pool = PipelinePool(pipe, "style", sources)
     logging.getLogger("diffusers").removeHandler(caplog.handler)
     assert "No LoRA keys" not in caplog.text
     assert (pool.names, pool.active) == ([*files], "style 0")
@@ -84,7 +84,7 @@ def test_ten_files_in_any_order(tmp_path, caplog, kind):
         assert_like_fresh(pipe, fresh[name], kind)
     assert {each.member for each in loaded(pool)} == {name}
     assert len(loaded(pool)) == len(kind.components)
-    assert str(pool).count("AdapterPool: 10 adapters") == pool._repr_html_().count("<h4>") == len(kind.components)
+    assert str(pool).count("AdapterPool: 10 adapters") == len(kind.components)
 
 
 @pytest.mark.long
@@ -110,7 +110,7 @@ def test_ten_files_compiled():
 def test_strength_off_and_a_block():
     files = {name: each for name, each in ten().items() if name in ("style 2", "style 3")}
     pipe = SD.loaded(files["style 3"])
-    pool = PipelinePool(pipe, "style", files, progress=False)
+    pool = PipelinePool(pipe, "style", files)
     fresh = SD.loaded(files["style 3"])
     fresh.set_adapters(["style"], [0.5])
     pool.swap("style 3", strength=0.5)
@@ -128,14 +128,13 @@ def test_strength_off_and_a_block():
     pool.strength = 1
     assert_like_fresh(pipe, SD.loaded(files["style 3"]), SD)
     set_strength(pipe.unet, 0.5)
-    with pytest.raises(HotswapError, match="different strengths"):
-        _ = pool.strength
+    assert pool.strength is None
 
 
 def test_a_mix():
     files = {name: each for name, each in ten().items() if name in ("style 2", "style 3")}
     pipe = SD.loaded(files["style 3"])
-    pool = PipelinePool(pipe, "style", files, progress=False, target_rank=12)
+    pool = PipelinePool(pipe, "style", files, target_rank=12)
     pool.swap({"style 3": 0.5, "style 2": 0.25})
     fresh = SD()
     for name in ("style 3", "style 2"):
@@ -219,7 +218,7 @@ def test_a_damaged_file_among_ten_is_refused_whole(tmp_path, monkeypatch):
     for case in ("a shape", "damaged"):
         source, match = wrong[case]
         with untouched(*models), pytest.raises(HotswapError, match=match.removeprefix("text_encoder: ")):
-            PipelinePool(pipe, "style", {**files, "tenth": source}, progress=False)
+            PipelinePool(pipe, "style", {**files, "tenth": source})
     fill, filled = AdapterPool._fill, []
 
     def fill_one(self, *arguments):
@@ -229,9 +228,9 @@ def test_a_damaged_file_among_ten_is_refused_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AdapterPool, "_fill", fill_one)
     with untouched(*models), pytest.raises(MemoryError):
-        PipelinePool(pipe, "style", {"a": files["style 1"]}, progress=False)
+        PipelinePool(pipe, "style", {"a": files["style 1"]})
     monkeypatch.undo()
-    pool = PipelinePool(pipe, "style", {"a": files["style 1"]}, progress=False)
+    pool = PipelinePool(pipe, "style", {"a": files["style 1"]})
     with untouched(*models), pytest.raises(HotswapError, match="does not fit"):
         pool.update("a", wrong["a shape"][0])
     pool.swap("a")
@@ -243,15 +242,15 @@ def test_what_is_no_pipeline_with_an_adapter():
     with pytest.raises(HotswapError, match="PipelinePool"):
         AdapterPool(SD.loaded(files["style 0"]), "style", files)
     with pytest.raises(HotswapError, match="not found"):
-        PipelinePool(SD(), "style", files, progress=False)
+        PipelinePool(SD(), "style", files)
     with pytest.raises(HotswapError, match=r"without an adapter[\s\S]*components first"):
-        PipelinePool(SD.loaded(files["style 2"]), "style", files, progress=False)
+        PipelinePool(SD.loaded(files["style 2"]), "style", files)
     with pytest.raises(HotswapError, match="no pipeline"):
-        PipelinePool(SD().unet, "style", files, progress=False)
+        PipelinePool(SD().unet, "style", files)
     pipe = SD.loaded(files["style 0"])
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pytest.raises(HotswapError, match="before\\* compiling"):
-        PipelinePool(pipe, "style", files, progress=False)
+        PipelinePool(pipe, "style", files)
     _, pool = pool_of(files)
     with untouched(*components_of(pool.pipe).values()), pytest.raises(HotswapError, match="no adapter called"):
         pool.swap("nobody")
