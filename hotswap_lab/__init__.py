@@ -16,7 +16,7 @@ A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``Recomp
 Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this package
-Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
+Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``, ``PipelinePool``
 What is in a model now    ``loaded``; each swap and refusal is a record of ``logging.getLogger("hotswap_lab")``
 Files                     ``save_adapter``
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
