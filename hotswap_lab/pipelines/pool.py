@@ -100,7 +100,8 @@ class PipelinePool:
                     raise
 
     def _read(self, source: Source) -> dict[str, Adapter]:
-        adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
+        with self._told():
+            adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
         return for_all(adapters, self._loaded, self.adapter_name)
 
     def _all(self, action: Callable[[AdapterPool, str], object]) -> None:
