@@ -237,6 +237,21 @@ def test_a_damaged_file_among_ten_is_refused_whole(tmp_path, monkeypatch):
     assert_like_fresh(pipe, SD.loaded(files["style 1"]), SD)
 
 
+def test_a_refusal_is_told_once(caplog):
+    files = {"a": lora(SD), "b": lora(SD, seed=2)}
+    pipe, pool = pool_of(files)
+    damaged = {**files["a"], next(iter(files["a"])): torch.ones(1)}
+    caplog.clear()
+    for action in (
+        lambda: pool.swap("nobody"),
+        lambda: pool.update("a", damaged),
+        lambda: PipelinePool(pipe, "style", {"a": damaged}),
+    ):
+        with pytest.raises(HotswapError):
+            action()
+    assert [each.event for each in caplog.records if each.name == "hotswap_lab"] == ["refusal"] * 3
+
+
 def test_what_is_no_pipeline_with_an_adapter():
     files = ten()
     with pytest.raises(HotswapError, match="PipelinePool"):
