@@ -16,7 +16,7 @@ A compiled model          ``prepare_model_for_compiled_hotswap`` first; ``Recomp
 Without a compiler        ``aoti_compile`` writes a prepared model to a file, ``aoti_load`` binds it in any process
 Many adapters             ``AdapterPool``; ``set_strength``, ``get_strength``; threads: ``in_use``, ``waiting_at_most``
 Code that calls PEFT      ``patch_peft`` makes it, diffusers and transformers swap with this package
-Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``
+Diffusion pipelines       ``hotswap_pipeline``, ``plan_pipeline_hotswap``, ``read_pipeline_lora``, ``PipelinePool``
 What is in a model now    ``loaded``; each swap and refusal is a record of ``logging.getLogger("hotswap_lab")``
 Files                     ``save_adapter``
 Many users                ``hotswap_lab.serving``: OpenAI's API in front, Ray Serve around it
@@ -41,6 +41,7 @@ _PUBLIC = {
     "files.reading": "Adapter",
     "pipelines.lora_files": "read_pipeline_lora",
     "pipelines.patching": "patch_peft",
+    "pipelines.pool": "PipelinePool",
     "pipelines.pipeline": "PipelinePlan hotswap_pipeline plan_pipeline_hotswap prepare_pipeline_for_compiled_hotswap",
     "pools.adapter_pool": "AdapterPool",
     "swap": "commit get_strength hotswap_adapter hotswap_adapter_from_state_dict loaded plan_hotswap "
@@ -79,6 +80,7 @@ if _typing.TYPE_CHECKING:
     from .pipelines.pipeline import hotswap_pipeline as hotswap_pipeline
     from .pipelines.pipeline import plan_pipeline_hotswap as plan_pipeline_hotswap
     from .pipelines.pipeline import prepare_pipeline_for_compiled_hotswap as prepare_pipeline_for_compiled_hotswap
+    from .pipelines.pool import PipelinePool as PipelinePool
     from .pools.adapter_pool import AdapterPool as AdapterPool
     from .swap import commit as commit
     from .swap import get_strength as get_strength

@@ -307,10 +307,12 @@ def refusals_told(model: Any, adapter_name: str | None) -> Iterator[None]:
     try:
         yield
     except HotswapError as error:
-        slot = None
+        slot, is_told = None, vars(error).setdefault("_is_told", [])
         with contextlib.suppress(Exception):  # the model may have no such adapter
             slot = resolve_slot(model, name_in(model, adapter_name))
-        tell("refusal", [slot], error)
+        if not is_told:  # by a block inside of this one
+            is_told.append(True)
+            tell("refusal", [slot], error)
         raise
 
 

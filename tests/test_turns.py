@@ -41,7 +41,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, in_use_now, is_shared, locked, turns, turns_of
+from hotswap_lab.threads import bases_of, in_use_now, is_shared, locked, share_turn, turns, turns_of
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -420,6 +420,23 @@ def test_a_pipeline(folders):
             refused("in use", hotswap_adapter, each, folders["new"], "default")
     for each in models:
         hotswap_adapter(each, folders["new"], "default")
+
+
+def test_those_who_wait_while_models_get_one_turn_wait_for_all_of_them(folders):
+    """And code that found a model's former turn before, such as a block that it enters later."""
+    models = [load(KIND, folders["old"]) for _ in range(2)]
+    bases, last = [bases_of(each)[0] for each in models], models[1]
+    early = in_use(last)
+    with locked(*bases):
+        waiting = start(hotswap_adapter, last, folders["new"], "default")
+        share_turn(bases)
+    waiting.result(60)
+    for block, other in ((locked(bases[0]), last), (early, models[0])):
+        with block:
+            swap = start(hotswap_adapter, other, folders["old"], "default")
+            assert not swap.done()
+        swap.result(60)
+    assert computes(last, folders["old"])
 
 
 def test_models_can_still_be_copied_and_are_forgotten(model, folders):

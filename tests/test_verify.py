@@ -246,6 +246,16 @@ def test_inconclusive_when_the_adapter_changes_nothing(tmp_path):
     assert "inconclusive" in str(verdict)
 
 
+def test_two_active_adapters_are_refused_with_advice_that_works(model, new):
+    hotswap_adapter(model, new, "default")
+    model.load_adapter(new, "other")
+    model.base_model.set_adapter(["default", "other"])
+    error = refused(r"active adapters \['default', 'other'\]", verify, model, new)
+    assert "call model.set_adapter('default') first" in error.refusals[0].next_step
+    model.set_adapter("default")
+    assert verify(model, new)
+
+
 def test_what_can_not_be_verified(model, new):
     refused("can't be verified without inputs.*\n.*TypeError: .* missing", verify_hotswap, model, new)
     model.get_base_model().dummy_inputs = {"ids": torch.ones(1)}  # as of Whisper, whose features are not among them

@@ -8,7 +8,9 @@ taken back.
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,8 @@ LOG = logging.getLogger("hotswap_lab")
 Step = Callable[[Journal], object]
 #: an object that is another one after each change of any model or pool, for code that shows them: it looks later
 LATEST: list[object] = [None]
+#: in a block of :func:`together`, the changes so far, each with what tells of it
+_COLLECTED: ContextVar[list[tuple[Sequence["Change"], Any]] | None] = ContextVar("hotswap_lab_collected", default=None)
 #: a key that is in a table of parameters for a moment
 RESIZED = "hotswap_resized"
 
@@ -86,6 +90,8 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
     At the end, the change is noted in ``LATEST``, and ``tell`` is called if the log is on: see
     :func:`hotswap_lab.core.loaded.tell`.
     """
+    if (collected := _COLLECTED.get()) is not None:
+        return collected.append((changes, tell))
     journal = Journal() if journal is None else journal
     copies, inference = [], False
     for change in changes:
@@ -103,6 +109,17 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
     LATEST[0] = object()
     if tell is not None and LOG.isEnabledFor(logging.INFO):
         tell()
+
+
+@contextmanager
+def together(journal: Journal | None = None) -> Iterator[None]:
+    """Carry out everything that is applied in a block at its end: all of it, or none; ``journal`` is as above."""
+    token = _COLLECTED.set(found := [])
+    try:
+        yield
+    finally:
+        _COLLECTED.reset(token)
+    apply([each for changes, _ in found for each in changes], journal, lambda: [tell() for _, tell in found if tell])
 
 
 def _write(change: Change, journal: Journal) -> None:

@@ -84,6 +84,13 @@ class Packed:
         return sum(band.nbytes for band in self.bands) + self.scalings.nbytes
 
 
+def strengths_of(packed: Packed) -> torch.Tensor:
+    """The strength of each layer, relative to its training; where it is off, the median of the others."""
+    now, trained = packed.scalings[:, 0].cpu().double(), packed.state.scalings
+    on = trained != 0
+    return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
+
+
 class Room:
     """The prepared place of one adapter name in one model.
 

@@ -7,6 +7,7 @@ instead of loading it. So each adapter is the one that a fresh load would get, a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -121,7 +122,13 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
     components = {name: _noting(name, model, handed) for name, model in components_of(pipe).items()}
     # diffusers leaves the hooks of offloading alone if hf_device_map is not None
     stand_in.__dict__.update(pipe.__dict__, **components, lora_state_dict=lora_state_dict, hf_device_map={})
-    stand_in.load_lora_weights(source, **arguments)
+    # what a file has nothing for, the result says; diffusers would write a line for each
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    logger.addFilter(_is_news)
+    try:
+        stand_in.load_lora_weights(source, **arguments)
+    finally:
+        logger.removeFilter(_is_news)
     # diffusers silently drops tensors that no component takes
     if left := len(keys) - sum(len(tensors) for _, tensors in handed.values()):
         heads = sorted({key.partition(".")[0] for key in keys})
@@ -129,6 +136,10 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
     if not handed:
         raise ValueError("no tensors at all")
     return handed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No LoRA keys associated")
 
 
 def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:

@@ -31,8 +31,10 @@ from .lora_files import check_pipeline, components_of, read_pipeline_lora
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+#: adapters, and models, by the names of components
+Adapters, Models = Mapping[str, Adapter], dict[str, torch.nn.Module]
 #: anything that ``load_lora_weights`` takes, or the result of :func:`read_pipeline_lora`
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Mapping[str, Adapter]
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapters
 
 #: the name that ``load_lora_weights`` gives to the first adapter by default
 DEFAULT_NAME = "default_0"
@@ -165,7 +167,7 @@ def hotswap_pipeline(
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
     with refusals_told(pipe, adapter_name):
-        adapters = _read(pipe, source, allow_nonfinite, kwargs)
+        adapters = read_source(pipe, source, allow_nonfinite, kwargs)
         with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)
             plan.raise_if_refused()
@@ -220,7 +222,7 @@ def plan_pipeline_hotswap(
       action  layers  rank          scaling
       resize       1  2 -> 3        1
     """
-    adapters = _read(pipe, source, allow_nonfinite, kwargs)
+    adapters = read_source(pipe, source, allow_nonfinite, kwargs)
     plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
     return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
 
@@ -289,12 +291,9 @@ def prepare_pipeline_for_compiled_hotswap(
     """
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
     with refusals_told(pipe, adapter_name):
-        check_pipeline(pipe)
-        loaded = _with_adapter(pipe, adapter_name, components)
-        families: dict[str, list[Adapter]] = {name: [] for name in loaded}
-        for source in adapters:
-            for name, adapter in _for_these(_read(pipe, source, False, kwargs), loaded, components).items():
-                families[name].append(adapter)
+        loaded = with_adapter(pipe, adapter_name, components)
+        read = [for_these(read_source(pipe, source, False, kwargs), loaded, components) for source in adapters]
+        families = {name: [each[name] for each in read if name in each] for name in loaded}
         if refusals := [each for model in loaded.values() for each in _offloading(model)]:
             raise HotswapError(*refusals)
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
@@ -311,13 +310,10 @@ def _decide(
     components: Sequence[str] | None,
     add_layers: bool,
 ) -> PipelinePlan:
-    loaded = _with_adapter(pipe, adapter_name, components)
-    adapters = _for_these(adapters, loaded, components)
-    plans = {}
-    for name, model in loaded.items():
+    loaded, plans = with_adapter(pipe, adapter_name, components), {}
+    for name, adapter in for_all(for_these(adapters, loaded, components), loaded, adapter_name).items():
+        model = loaded[name]
         slot = slot_for(METHODS, find_host(model, adapter_name), adapter_name)
-        # A fresh load would create no adapter here. The old config is kept, so that later files still find a slot.
-        adapter = adapters.get(name) or Adapter(copy.deepcopy(slot.config), {}, next(iter(adapters.values())).source)
         # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
         checks = not hasattr(type(slot.host.base), "load_lora_adapter")
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)
@@ -326,10 +322,21 @@ def _decide(
     return PipelinePlan(plans)
 
 
-def _with_adapter(
-    pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None
-) -> dict[str, torch.nn.Module]:
+def for_all(adapters: Adapters, loaded: Models, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters of a file for all components: one without tensors, which is off, where the file has nothing.
+
+    A fresh load would create no adapter there. The old config is kept, so that later files still find a slot.
+    """
+    source, found = next(iter(adapters.values())).source, {}
+    for name, model in loaded.items():
+        config = find_host(model, adapter_name).configs[adapter_name]
+        found[name] = adapters.get(name) or Adapter(copy.deepcopy(config), {}, source)
+    return found
+
+
+def with_adapter(pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None) -> Models:
     """The ``components`` (None: all) that have an adapter of this name (None: any), by name."""
+    check_pipeline(pipe)
     models = components_of(pipe)
     chosen = list(models if components is None else components)
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
@@ -340,9 +347,7 @@ def _with_adapter(
     return loaded
 
 
-def _for_these(
-    adapters: Mapping[str, Adapter], loaded: Mapping[str, torch.nn.Module], components: Sequence[str] | None
-) -> dict[str, Adapter]:
+def for_these(adapters: Adapters, loaded: Models, components: Sequence[str] | None) -> dict[str, Adapter]:
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
@@ -350,9 +355,7 @@ def _for_these(
     return wanted
 
 
-def _read(
-    pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping[str, object]
-) -> Mapping[str, Adapter]:
+def read_source(pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping) -> Adapters:
     if not (isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values())):
         return read_pipeline_lora(pipe, source, allow_nonfinite=allow_nonfinite, **arguments)
     if arguments:

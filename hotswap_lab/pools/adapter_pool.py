@@ -39,6 +39,8 @@ from .rows import Row, RowRoom
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
+#: tensors, an adapter, or a learner, whose adapter is copied
+Weights = Mapping[str, torch.Tensor] | Adapter | torch.nn.Module
 
 
 class AdapterPool:
@@ -243,9 +245,7 @@ class AdapterPool:
             del self._members[name]
         LATEST[0] = object()
 
-    def update(
-        self, name: str, state_dict: Mapping[str, torch.Tensor] | torch.nn.Module, config: PeftConfig | None = None
-    ) -> None:
+    def update(self, name: str, state_dict: Weights, config: PeftConfig | None = None) -> None:
         """Give an adapter new weights. If the model computes with it, it gets them at once.
 
         For training loops that produce new weights at every step. ``pool.version(name)`` is a new number as soon
@@ -255,7 +255,8 @@ class AdapterPool:
         ----------
         state_dict:
             ``lora_A`` of shape ``(rank, in_features)`` and ``lora_B`` of shape ``(out_features, rank)`` per layer. Or
-            the learner: a model whose adapter of this name, or only adapter, is copied as it is now.
+            the learner: a model whose adapter of this name, or only adapter, is copied as it is now. Or an
+            :class:`Adapter`, with its own config.
         config:
             Its config. Default: the learner's, or the one that the adapter has.
         """
@@ -264,6 +265,8 @@ class AdapterPool:
             present = self._members.packed(member)
             if isinstance(state_dict, torch.nn.Module):
                 packed, learned = of_learner(state_dict, config, member, present, self._room, self._pack)
+            elif isinstance(state_dict, Adapter):
+                packed, learned = self._pack(member, state_dict, True), None
             else:
                 adapter = Adapter.from_state_dict(state_dict, config or present.state.config)
                 packed, learned = self._pack(member, adapter, False), None
@@ -293,7 +296,10 @@ class AdapterPool:
         if slot.config.modules_to_save:
             slot, adapter, sources = taken_apart(self._room, adapter, member.name)
         self._check_base_weights(adapter, member.name)
-        plan = make_plan(slot, adapter, passes=PASSES, check_targets=check_targets)
+        # in diffusers' own models, the tensors decide which layers are adapted, whatever a file's metadata says; and a
+        # pipeline's file has no config for a component that it has nothing for
+        checks = check_targets and bool(adapter.tensors) and not hasattr(type(slot.host.base), "load_lora_adapter")
+        plan = make_plan(slot, adapter, passes=PASSES, check_targets=checks)
         plan.raise_if_refused()
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))

@@ -9,7 +9,7 @@ import torch
 from ..core.change import Change
 from ..core.errors import HotswapError
 from ..core.host import Config
-from ..core.room import Packed, Room, new_band
+from ..core.room import Packed, Room, new_band, strengths_of
 from .members import Member, Members
 from .mixes import Mix, mixed
 from .rows import Row, RowRoom
@@ -102,13 +102,6 @@ def weights_of(room: Room, members: Members, owner: Any, updated: Mapping[Member
         if each and each.state.owner == owner:
             return replace(each, scalings=room.scalings_of(each.state))
     return mixed(room, owner, [weights_of(room, members, member, updated) for member, _ in owner.shares])
-
-
-def strengths_of(packed: Packed) -> torch.Tensor:
-    """The strength of each layer, relative to its training; where it is off, the median of the others."""
-    now, trained = packed.scalings[:, 0].cpu().double(), packed.state.scalings
-    on = trained != 0
-    return torch.where(on, now / trained, (now / trained)[on].median() if on.any() else 1.0)
 
 
 def is_in(room: Room, packed: Packed) -> bool:

@@ -7,12 +7,14 @@ contiguous, so that one copy puts an adapter into a row.
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from ..core.adapter import WHEN
 from ..core.arena import CACHE_LINE, Band, Span
 from ..core.change import Change
 from ..core.errors import refused
@@ -248,6 +250,7 @@ class RowRoom(Room):
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
+            journal.set_item(vars(self.slot.config), WHEN, time.time())
             journal.set_attribute(self.batch, "copies", copies)
             journal.set_attribute(self.batch, "differs", differs)
             journal.set_attribute(self.batch, "acting", frozenset(acting.nonzero().flatten().tolist()))

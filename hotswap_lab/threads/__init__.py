@@ -38,10 +38,18 @@ _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictio
 
 def turns_of(bases: Iterable[torch.nn.Module]) -> list[Turn]:
     """The turns of some models, in the same order for every caller, so that no two wait for each other."""
-    turns = []
-    for base in sorted(set(bases), key=id):  # a comprehension would be one more call at each swap, up to Python 3.11
-        turns.append(_turns.get(base) or _turns.setdefault(base, Turn()))
-    return turns
+    turns = set()
+    for base in bases:  # a comprehension would be one more call at each swap, up to Python 3.11
+        turns.add(_turns.get(base) or _turns.setdefault(base, Turn()))
+    return sorted(turns, key=id)
+
+
+def share_turn(bases: Iterable[torch.nn.Module]) -> None:
+    """Give models one turn from now on, so that a block in one of them is a block in all. The caller holds them all."""
+    first, *others = turns_of(bases)
+    for other in others:
+        first.join(other)
+    _turns.update({base: first for base, turn in list(_turns.items()) if turn in others})
 
 
 def in_use(model: object) -> AbstractContextManager[object]:
@@ -181,6 +189,7 @@ def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Ite
                     _pay(turn)
                 entries.append(Entry(turn, kind))
                 entries[-1].enter()
+                turn = entries[-1].turn  # another one, if two were joined while this waited
                 if kind == SWAP and turn.owed:
                     with _taken([turn], WRITE):
                         put_all_back(turn.owed)

@@ -188,7 +188,13 @@ class Entry:
 
 
 class Turn:
-    """The blocks of one base model: those that are open, and those that wait, in the order in which they came."""
+    """The blocks of one base model: those that are open, and those that wait, in the order in which they came.
+
+    Several models may have the same turn: see :meth:`join`.
+    """
+
+    #: the turn that has its blocks now, for threads that found this one before
+    joined: Turn | None = None
 
     def __init__(self) -> None:
         self.lock: threading.RLock = threading.RLock()
@@ -199,6 +205,16 @@ class Turn:
         #: the numbers of the threads that have computed with the model
         self.threads: set[int] = set()
         self.is_changed: bool = False
+
+    def join(self, other: Turn) -> None:
+        """Make all blocks of another turn blocks of this one, also those that wait. The caller is alone in both."""
+        with self.lock, other.lock:
+            for entry in (*other.open, *other.queue):
+                entry.turn = self
+            self.open |= other.open
+            self.queue |= other.queue
+            self.threads |= other.threads
+            other.joined = self
 
     def in_the_way(self, entry: Entry) -> list[Entry]:
         """The blocks that an entry has to wait for."""
@@ -231,13 +247,16 @@ class Turn:
             each.since, each.is_open, each.inside = now, True, frozenset(inside)
             inside = (*inside, each)
         with self.lock:
-            is_idle = not (self.open or self.queue or self.owed)
+            is_idle = not (self.open or self.queue or self.owed or self.joined)
             self.open.update(dict.fromkeys(entries if is_idle else ()))
         if is_idle:
             AROUND.set((*filterfalse(_is_left, AROUND.get()), *entries))
         return is_idle
 
     def _ask(self, entry: Entry, frame: FrameType, around: tuple[Entry, ...]) -> None:
+        if self.joined is not None:
+            entry.turn = self.joined
+            return entry.turn.ask(entry)
         if self.open:
             entry.inside = {each for each in self.open if each.is_around(frame)}
             computing = {each for each in self.open if each.kind == COMPUTE}

@@ -44,6 +44,10 @@ def the(model):
     return now
 
 
+def in_rows(model) -> list:
+    return [row.member or row.mix for row in the(model).rows]
+
+
 def model_with(*adapters: str, **how):
     model, _ = demo.load("reverse")
     return model, AdapterPool(model, adapters={Path(each).name: each for each in adapters}, progress=False, **how)
@@ -117,16 +121,81 @@ def test_of_a_pool(tmp_path):
     pool.off()
     assert (pool.mix, the(model).strength) == (None, 0)
     pool.assign(["sort", None, weights])
-    assert the(model).rows == ("sort", None, weights)
+    assert in_rows(model) == ["sort", None, weights]
     assert the(model).member is the(model).mix is pool.mix is None
     with pool.using("sort"):
         assert the(model).member == "sort"
         assert the(model).sha256 == HASHES[SORT]
-    assert the(model).rows == ("sort", None, weights)
+    assert in_rows(model) == ["sort", None, weights]
     pool.swap("shout")
     adapter = Adapter.load(SHOUT)
     pool.update("shout", adapter.tensors)
     assert (the(model).member, the(model).source) == ("shout", "a state dict")
+
+
+def test_each_row_by_itself():
+    """Also in JSON: what a row has, how strongly, and from where; and when the rows were assigned."""
+    model, pool = model_with(SORT, SHOUT, target_rank=32, rows=4)
+    assert the(model).source == "unknown"
+    pool.assign(["shout", "sort", None, "sort"], [1, 0.5, 1, 0])
+    pool.strength = 0.5
+    now = the(model)
+    found = [(row.ranks, row.strength, row.source, row.rows) for row in now.rows]
+    sort = (6, 16, 24)
+    assert found == [
+        ((8,), 0.5, SHOUT, ()),
+        (sort, 0.25, SORT, ()),
+        ((), 0, "the base model", ()),
+        (sort, 0, SORT, ()),
+    ]
+    assert (now.ranks, now.strength, now.source) == ((6, 8, 16, 24), 0.5, "the rows of a pool")
+    rows = json.loads(json.dumps(now.as_dict()))["rows"]
+    assert [(row["member"], row["sha256"]) for row in rows[:3]] == [
+        ("shout", HASHES[SHOUT]),
+        ("sort", HASHES[SORT]),
+        (None, None),
+    ]
+    since = f", since {now.when:%Y-%m-%d %H:%M:%S}"
+    assert str(now).split("; ") == [
+        f"default, row 0: shout, LORA of rank 8, strength 0.5, from {SHOUT}{since}",
+        f"default, row 1: sort, LORA of rank 6 16 24, strength 0.25, from {SORT}{since}",
+        f"default, row 2: LORA of rank -, strength 0, from the base model{since}",
+        f"default, row 3: sort, LORA of rank 6 16 24, strength 0, from {SORT}{since}",
+    ]
+    assert rows[0]["when"] == now.as_dict()["when"]
+    pool.assign(["shout", "sort", None, "shout"])  # row 0 keeps its adapter
+    assert the(model).when > now.when
+
+
+@pytest.mark.parametrize("state", ["active", "inactive", "disabled", "merged"])
+def test_what_is_done_with_it(state):
+    """A model that computes with something else says something else."""
+    model, _ = demo.load("reverse")
+    model.load_adapter(SORT, "other")
+    with model.disable_adapter() if state == "disabled" else contextlib.nullcontext():
+        if state == "inactive":
+            model.set_adapter("other")
+        elif state == "merged":
+            model.merge_adapter()
+        now, html = loaded(model)[0], loaded(model)._repr_html_()
+    assert now.state == now.as_dict()["state"] == state
+    assert str(now).startswith("default: LORA" if state == "active" else f"default ({state}): LORA")
+    assert f">{state}</td>" in html
+
+
+def test_what_is_off_everywhere_has_no_strength(tmp_path):
+    model, _ = demo.load("caesar")  # on the MLP only, and the next one on the attention only
+    prepare_model_for_compiled_hotswap(model, adapters=[demo.adapter_path("pig_latin")])
+    config = Adapter.load(SORT).config
+    empty = Adapter(copy.deepcopy(model.peft_config["default"]), {}, "nothing")
+    hotswap_adapter(model, empty)
+    assert (the(model).ranks, the(model).strength, config.r > 0) == ((), 0, True)
+
+
+def test_the_pool_knows_where_the_first_adapter_came_from():
+    first = demo.adapter_path("reverse")
+    model, _ = model_with(first, SORT)
+    assert (the(model).member, the(model).source, the(model).strength) == ("reverse", first, 1)
 
 
 def test_another_file_has_no_hash_of_the_loaded_one(tmp_path):
@@ -177,6 +246,8 @@ def test_the_log_is_a_history(caplog, tmp_path):
     assert caplog.records[2].source == SORT
     assert "no folder" in caplog.records[3].getMessage()
     assert caplog.records[3].error.refusals
+    assert not any("\n" in each.getMessage() for each in caplog.records)
+    assert " | found: " in caplog.records[3].getMessage()
 
 
 @pytest.mark.parametrize("way", ["swap", "with", "async with"])
