@@ -206,6 +206,7 @@ def test_sizes_that_depend_on_one_another(tmp_path):
     for inputs in (given(3, 6), given(5, 10)):
         torch.testing.assert_close(ahead(**inputs), call(model, inputs))
     refused("size|shape", lambda _: ahead(**given(3, 8)), model)
+    refused("<= 9", lambda _: ahead(**given(10, 20)), model)
 
 
 def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):

@@ -109,6 +109,12 @@ def set_eps(model):
     return model
 
 
+def other_ropes(model):
+    """As models with layers of several types have them."""
+    model.get_base_model().config.rope_parameters |= {"full_attention": {"rope_theta": 5.0}}
+    return model
+
+
 def other_function(model):
     model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh()
     return model
@@ -131,6 +137,7 @@ OTHERS = {
     "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
     "no adapter": (lambda make: LLAMA.base(), "no adapter"),
     "another number": (lambda make: set_eps(make()), "model.norm.variance_epsilon = 0.1"),
+    "ropes by the type of a layer": (lambda make: other_ropes(make()), "full_attention.rope_theta = 5.0"),
     "another function": (lambda make: other_function(make()), "act_fn.type = Tanh"),
     **{
         name: (lambda make, name=name, value=value: make(**{name: value}), rf"config.{name} = {value!r}\n  expected: ")

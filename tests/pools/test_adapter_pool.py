@@ -29,6 +29,7 @@ from refusals import refused
 from hotswap_lab import (
     Adapter,
     AdapterPool,
+    HotswapError,
     RecompileWatch,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -205,7 +206,8 @@ def test_an_adapter_that_is_removed_while_it_is_updated(pool, sources):
             pool.remove("b")  # as another thread may
             return super().keys()
 
-    refused("another thread has removed or replaced it", pool.update, "b", Removing(times(2, sources["b"])))
+    with pytest.raises(HotswapError, match="another thread has removed or replaced it"):
+        pool.update("b", Removing(times(2, sources["b"])))
     assert "b" not in pool
 
 
@@ -499,7 +501,8 @@ def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, s
         return adapter
 
     monkeypatch.setattr(Adapter, "load", slowly)
-    refused("already", pool.add, "new", sources["d"])
+    with pytest.raises(HotswapError, match="already"):
+        pool.add("new", sources["d"])
     pool.swap("new")
     assert_is(model, sources["c"])
 
@@ -567,6 +570,16 @@ def test_adapters_from_memory_are_never_dropped(model, sources):
         assert pool._members["kept"].packed is not None
     refused("does not fit into the pool's memory", pool.add, "too much", Adapter.load(sources["b"]))
     assert "too much" not in pool
+
+
+def test_an_update_that_would_leave_no_room_for_the_others_is_refused(model, sources):
+    """It can't be dropped any more, unlike what is in its files."""
+    pool = limited_pool(model, sources, "b")  # the largest
+    for name in sources:
+        refused("does not fit into the pool's memory", pool.update, name, times(2, sources[name]))
+    for name in sources:
+        pool.swap(name)
+        assert_same_outputs(model, load(LLAMA, sources[name]), LLAMA)
 
 
 def test_an_update_counts_whatever_was_read_before(model, sources):
@@ -676,7 +689,7 @@ def test_a_task_reads_a_dropped_adapter_in_another_thread(model, sources, monkey
     asyncio.run(use(dropped))
     assert len(readers) == 1
     assert readers[0] != threading.get_ident()
-    refused("nobody", asyncio.run, use("nobody"))
+    refused("nobody", lambda: asyncio.run(use("nobody")))
 
 
 def test_adapters_that_just_fit_stay(model, sources):
