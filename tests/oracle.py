@@ -88,7 +88,7 @@ def assert_equals(
     live, expected = (observe(each, adapter_name, prepared) for each in (model, fresh))
     assert_same(live, expected, may_have_more=True)
     assert_no_more_is_saved(model, fresh, live.keys() - expected.keys(), prepared)
-    assert_off_is_off(model, adapter_name, {key: live[key] for key in live.keys() - expected.keys()}, prepared)
+    assert_off_is_off(model, adapter_name, live, expected, prepared)
     names = [adapter_name, *(name for name in _configs(fresh) if name != adapter_name)]
     for name in names:
         if name != adapter_name:
@@ -117,16 +117,18 @@ def assert_no_more_is_saved(model, fresh, keys: set[tuple], prepared: bool) -> N
         assert parts & others or (prepared and not parts & tables), f"more in the state dict: {parts}"
 
 
-def assert_off_is_off(model, adapter_name: str, only_live: dict[tuple, object], prepared: bool) -> None:
-    """Where a fresh load has nothing of the adapter, nothing is trained; and marks are of adapters that there are."""
-    for key, value in only_live.items():
-        if key[0] == "tensor" and adapter_name in (parts := key[1].split(".")):
+def assert_off_is_off(model, adapter_name: str, live: dict, expected: dict, prepared: bool) -> None:
+    """Where a fresh load has nothing of the adapter, nothing is trained; and nowhere else is it marked as off."""
+    for key, value in live.items():
+        if key not in expected and key[0] == "tensor" and adapter_name in (parts := key[1].split(".")):
             may_be_trained, _, has_no_gradient = (value if prepared else value[0])[2]
             may_be_trained &= not {"lora_A", "lora_B"} & {*parts}  # which have no gradient while both are zero
             assert (has_no_gradient, may_be_trained) == (True, False), f"{key[1]} is off and is trained"
+    on = {name(key[1]) for key in expected if key[0] == "table" and key[3] == adapter_name}
     for path, module in model.named_modules():
-        marked = {*vars(module).get(OFF_ATTRIBUTE, ()), *vars(module).get(PREPARED_ATTRIBUTE, ())}
-        assert marked <= _configs(model).keys(), f"{path} has marks of adapters that are gone: {marked}"
+        off, prepared_for = (vars(module).get(each, ()) for each in (OFF_ATTRIBUTE, PREPARED_ATTRIBUTE))
+        assert {*off, *prepared_for} <= _configs(model).keys(), f"{path} has marks of adapters that are gone"
+        assert adapter_name not in off or name(path) not in on, f"{path} is marked as off"
 
 
 def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5, margin: float = 1000) -> None:

@@ -23,7 +23,7 @@ def refused(match: str | None, action: Callable, *arguments: object, **named: ob
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     given = [*arguments, *named.values(), getattr(action, "__self__", None), *cells]
     paths = [Path(each) for each in given if isinstance(each, (str, os.PathLike)) and os.path.isabs(each)]
-    models = [found for each in given if isinstance(found := _model_of(each), (torch.nn.Module, AdapterPool))]
+    models = [model for each in given for model in _models_of(each)]
     texts = []
     with contextlib.ExitStack() as stack:
         for model in {id(each): each for each in models}.values():
@@ -49,5 +49,10 @@ def _kept(paths: list[Path]) -> Iterator[None]:
     assert_same(now(), before)
 
 
-def _model_of(given: object) -> object:
-    return given.slot.host.root if isinstance(given, Plan) else given
+def _models_of(given: object) -> list:
+    if isinstance(given, (torch.nn.Module, AdapterPool)):
+        return [given]
+    if isinstance(given, Plan):
+        return [given.slot.host.root]
+    parts = getattr(given, "components", None)  # a pipeline's
+    return [each for each in parts.values() if isinstance(each, torch.nn.Module)] if isinstance(parts, dict) else []

@@ -55,6 +55,8 @@ HAD = ("first", "blocks.0")
 METHODS_WITH_LAYERS = {
     "LoRA": lambda targets: LoraConfig(r=3, target_modules=targets),
     "DoRA": lambda targets: LoraConfig(r=3, target_modules=targets, use_dora=True),
+    # such a swap takes the adapter out of layers, and does not just turn it off there
+    "LoRA, and DoRA on one layer": lambda targets: LoraConfig(r=3, target_modules=targets, use_dora=len(targets) == 1),
     "LoHa": lambda targets: LoHaConfig(r=3, target_modules=targets),
     "IA3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[]),
 }

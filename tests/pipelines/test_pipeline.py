@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import refusals
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -482,11 +483,10 @@ UNFIT = "can't be loaded into this StableDiffusionPipeline"
 def refused(pipe, source, match: str, name: str = "style", **kwargs) -> HotswapError:
     """The swap is refused, the components are untouched, and the error says what to do."""
     config = dict(pipe.config)
-    with untouched(*components_of(pipe).values()), pytest.raises(HotswapError, match=match) as error:
-        hotswap_pipeline(pipe, source, name, **kwargs)
+    error = refusals.refused(match, hotswap_pipeline, pipe, source, name, **kwargs)
     assert dict(pipe.config) == config
-    assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.value.refusals)
-    return error.value
+    assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.refusals)
+    return error
 
 
 def test_fused_is_refused_for_all_components_or_for_those_that_are_to_be_swapped():

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,10 @@ def _trained(folder: str, target_rank: int | None = None) -> PeftModel:
     model = load(LINEAR, folder, is_trainable=True)
     if target_rank:
         prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+        hotswap_adapter(model, folder, "default")  # from now on, the room knows what is zero
+        with torch.no_grad():
+            for each in filter(attrgetter("requires_grad"), model.parameters()):
+                each.add_(0.1)  # beyond the adapter's own rank, too, as an optimizer's momentum does
     model(LINEAR.inputs()).sum().backward()
     model.base_model.model.blocks.train()
     return model
