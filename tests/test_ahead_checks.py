@@ -98,7 +98,6 @@ UNFIT = [
 @pytest.mark.parametrize(("make", "options", "match"), UNFIT, ids=[match for *_, match in UNFIT])
 def test_what_can_not_be_compiled(tmp_path, make, options, match):
     refused(match, lambda model: file_of(model, tmp_path, **options), make(tmp_path))
-    assert not list(tmp_path.glob("*.pt2"))
 
 
 # ---- other models, other files
