@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,11 @@ def few_of(values: Iterable, few: Iterable) -> list:
     """All ``values`` for the long command; of them, only ``few`` for the short one."""
     few = list(few)
     return [value if value in few else long(value) for value in values]
+
+
+def eventually(is_so: Callable[[], Any], seconds: float = 120) -> Any:
+    """What ``is_so`` gives as soon as that is true; asked once more at the end."""
+    deadline = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found

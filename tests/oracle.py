@@ -5,7 +5,8 @@ PEFT keeps for each adapter on each layer; which adapters are active, disabled o
 :func:`assert_equals` compares these with those of a fresh load, and with them outputs in evaluation and in training,
 gradients, and saved files byte for byte, for the adapter in question and for its neighbors. :func:`snapshot` and
 :func:`assert_untouched` are stricter: the same objects at the same addresses. ``test_oracle.py`` damages a model in
-many ways, each of which must be noticed. Nothing of ``hotswap_lab`` is used but ``save_adapter``, which is tested.
+many ways, each of which must be noticed. Nothing of ``hotswap_lab`` is used but the names of its marks, and
+``save_adapter``, which is tested.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import tempfile
 import threading
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
@@ -30,6 +34,8 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+
+from hotswap_lab.core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE
 
 TABLES = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
 #: parts of names that wrappers add: PEFT's around layers and saved modules, and PyTorch's compiler
@@ -82,6 +88,7 @@ def assert_equals(
     live, expected = (observe(each, adapter_name, prepared) for each in (model, fresh))
     assert_same(live, expected, may_have_more=True)
     assert_no_more_is_saved(model, fresh, live.keys() - expected.keys(), prepared)
+    assert_off_is_off(model, adapter_name, live, expected, prepared)
     names = [adapter_name, *(name for name in _configs(fresh) if name != adapter_name)]
     for name in names:
         if name != adapter_name:
@@ -108,6 +115,20 @@ def assert_no_more_is_saved(model, fresh, keys: set[tuple], prepared: bool) -> N
     }
     for parts in (set(key[1].split(".")) for key in keys if key[0] == "state"):
         assert parts & others or (prepared and not parts & tables), f"more in the state dict: {parts}"
+
+
+def assert_off_is_off(model, adapter_name: str, live: dict, expected: dict, prepared: bool) -> None:
+    """Where a fresh load has nothing of the adapter, nothing is trained; and nowhere else is it marked as off."""
+    for key, value in live.items():
+        if key not in expected and key[0] == "tensor" and adapter_name in (parts := key[1].split(".")):
+            may_be_trained, _, has_no_gradient = (value if prepared else value[0])[2]
+            may_be_trained &= not {"lora_A", "lora_B"} & {*parts}  # which have no gradient while both are zero
+            assert (has_no_gradient, may_be_trained) == (True, False), f"{key[1]} is off and is trained"
+    on = {name(key[1]) for key in expected if key[0] == "table" and key[3] == adapter_name}
+    for path, module in model.named_modules():
+        off, prepared_for = (vars(module).get(each, ()) for each in (OFF_ATTRIBUTE, PREPARED_ATTRIBUTE))
+        assert {*off, *prepared_for} <= _configs(model).keys(), f"{path} has marks of adapters that are gone"
+        assert adapter_name not in off or name(path) not in on, f"{path} is marked as off"
 
 
 def assert_same_outputs(model, fresh, kind: Kind, tolerance: float = 1e-5, margin: float = 1000) -> None:
@@ -281,7 +302,7 @@ def plain(value: object) -> object:
             return _flags(value), tuple(value.shape), gradient
         if type(value.data) is not torch.Tensor:  # quantized by a library
             return _flags(value), tuple(value.shape), repr(value), gradient
-        data = value.detach().cpu().contiguous()
+        data = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # a view of one number has strides
         return _flags(value), tuple(value.shape), data.view(-1).view(torch.uint8).numpy().tobytes(), gradient
     if isinstance(value, Mapping):
         return [(str(key), plain(each)) for key, each in value.items()]  # in their order
@@ -424,18 +445,98 @@ def identities(model: torch.nn.Module) -> dict:
     return found
 
 
-def snapshot(model: torch.nn.Module) -> dict:
-    """Everything of a model that a refused swap must leave alone, bit for bit."""
-    return {"contents": contents(model), "objects": identities(model), "saved": list(model.state_dict())}
+#: where else on a module this package has objects of its own
+OURS = (*HOOKS, "_state_dict_hooks", "peft_config", "lora_variant")
+#: attributes of this package's objects that a snapshot leaves out, with the reasons
+LEFT_OUT = {
+    "_known _facts _own_views": "results, which are worked out again where they are missing",
+    "_links _addresses _bases host": "where everything was at the last look; a look may be through another wrapper",
+    "_hotswap_lost": "noted on a config at the first look, whatever becomes of the swap",
+    "Learned.sides": "memory for the next update",
+    "Member.used Members._uses": "which member of a pool was looked at last, for its order of dropping",
+}
+#: and what two models differ in that were made and swapped in the same way
+ONE_OF_MANY = {
+    "_hotswap_when": "the time of a swap",
+    "_versions number hooks": "counted for all models of a process, or for all that was ever written",
+}
 
 
-def assert_untouched(model: torch.nn.Module, before: dict) -> None:
+def notes(value: object, which: bool = True, seen: dict[int, tuple] | None = None, path: str = "") -> object:
+    """What this package keeps in a value: its own objects by their contents, others by what and ``which`` they are."""
+    seen = {} if seen is None else seen
+    go = functools.partial(notes, which=which, seen=seen)
+    if isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+        return type(value).__qualname__, which and id(value)
+    if isinstance(value, torch.Tensor):
+        return which and value.data_ptr(), plain(value)
+    if isinstance(value, functools.partial):
+        return [go(each, path=path) for each in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return value.__qualname__, go(value.__self__, path=path)
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(go(each)) for each in value)
+    is_config, is_ours = isinstance(value, PeftConfig), type(value).__module__.startswith("hotswap_lab")
+    if not (is_ours or is_config or isinstance(value, (Mapping, list, tuple, threading.local))):
+        return plain(value)
+    if id(value) in seen:
+        return f"the same as {seen[id(value)][0]}"
+    seen[id(value)] = path, value  # which is kept meanwhile, so that no other object gets its id
+    entries = list(getattr(value, "__dict__", {}).items())
+    if isinstance(value, threading.local):  # an attribute that was never set reads as None
+        entries = [(key, each) for key, each in entries if each is not None]
+    if isinstance(value, Mapping):
+        entries += [(str(go(key)), each) for key, each in value.items()]
+    elif isinstance(value, (list, tuple)):
+        entries += enumerate(value)
+    left_out = {*" ".join(LEFT_OUT | ({} if which else ONE_OF_MANY)).split(), *_cached(kind := type(value))}
+    if getattr(value, "is_in_files", False):  # whether a member of a pool is in memory, too, doesn't count
+        left_out.add("packed")
+    kept = [(key, each) for key, each in entries if left_out.isdisjoint((key, f"{kind.__name__}.{key}"))]
+    found = {key: go(each, path=f"{path}.{key}") for key, each in kept}
+    return {"": (type(value).__qualname__, which and (is_ours or is_config) and id(value), [*found]), **found}
+
+
+def _cached(kind: type) -> set[str]:
+    return {name for each in kind.__mro__ for name, entry in vars(each).items() if isinstance(entry, cached_property)}
+
+
+def notes_on(model: torch.nn.Module, which: bool = True) -> object:
+    """The :func:`notes` on all modules."""
+    ours = {
+        path: {
+            # hooks are kept under numbers that count up
+            key: [*each.values()] if isinstance(each, OrderedDict) else each
+            for key, each in vars(module).items()
+            if key in OURS or key.startswith("hotswap")
+        }
+        for path, module in model.named_modules()
+    }
+    return notes(ours, which)
+
+
+def snapshot(model: object) -> dict:
+    """Everything of a model, or of a pool, that a refused operation must leave alone, bit for bit.
+
+    Left out are the model's own config, which no swap may reach, and what ``LEFT_OUT`` names.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return {"own": notes(model), **snapshot(model.model)}
+    return {
+        "contents": contents(model),
+        "objects": identities(model),
+        "saved": list(model.state_dict()),
+        "notes": notes_on(model),
+    }
+
+
+def assert_untouched(model: object, before: dict) -> None:
     assert_same(snapshot(model), before)
 
 
 @contextlib.contextmanager
-def untouched(*models: torch.nn.Module) -> Iterator[None]:
-    """The block leaves these models alone, whether it ends well or with an error."""
+def untouched(*models: object) -> Iterator[None]:
+    """The block leaves these models and pools alone, whether it ends well or with an error."""
     before = [snapshot(model) for model in models]
     try:
         yield

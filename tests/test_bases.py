@@ -184,10 +184,8 @@ def test_swaps(base, family, tmp_path, way):
 def test_rows(base, family):
     """Each row as a fresh load computes it; refused where PEFT's layer is one of bitsandbytes."""
     model, wanted = base.load(family["first"]).requires_grad_(False), ("grown", "fewer")
-    outputs = call(model, base.kind.inputs())
     if "bit" in base.layer:
         refused("can't have another adapter in each row", AdapterPool, model, adapters=family, rows=2)
-        assert torch.equal(call(model, base.kind.inputs()), outputs)
         return
     pool = AdapterPool(model, adapters=family, rows=2)
     pool.assign(wanted)

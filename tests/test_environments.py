@@ -183,3 +183,11 @@ def test_a_workflow_has_few_rights_and_ends(name):
     assert all(job["timeout-minutes"] <= 90 for job in workflow["jobs"].values())
     for command in re.findall(r"\.ci/run +([\w ]+)", "\n".join(commands(name))):
         assert set(command.split()) <= set(STAGES)
+
+
+def test_every_wait_has_a_limit():
+    """A mistake must fail, and not hang. A task is limited as a whole, and a barrier for all of its waits."""
+    unlimited = re.compile(r"(?<!meeting)\.(wait|join|result|acquire)\(\)")
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not unlimited.search(line) or "await " in line, f"{path}: {line}"

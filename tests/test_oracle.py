@@ -12,6 +12,10 @@ from models import KINDS, load, save_random_adapter
 from oracle import assert_equals, assert_same_files, assert_untouched, nothing_else_changes, snapshot, untouched
 from torch import nn
 
+from hotswap_lab import AdapterPool
+from hotswap_lab.core.journal import Journal
+from hotswap_lab.core.slot import SLOTS
+
 KIND = KINDS["linear"]
 
 
@@ -131,6 +135,35 @@ def test_a_touch_is_noticed(both, damage):
     ONLY_TOUCHED[damage](both[0])
     with pytest.raises(AssertionError):
         assert_untouched(both[0], before)
+
+
+#: what this package keeps, in a pool with rows
+NOTES = {
+    "the origin of a config": lambda pool: vars(pool.model.peft_config["default"]).update(_hotswap_origin=None),
+    "a mark on a layer": lambda pool: vars(first(pool.model)).update(hotswap_off=frozenset({"default"})),
+    "the rows": lambda pool: setattr(pool._room, "assigned", pool._room.assigned[:1]),
+    "the memory of another row": lambda pool: pool._room._rows_of(pool._room.bands[0])[1, 0].add_(1e-6),
+    "how much of the memory is used": lambda pool: pool._room.used.append(1),
+    "how often a batch has a row": lambda pool: setattr(pool._room.batch, "copies", 2),
+    "a call that has not ended": lambda pool: setattr(pool._room.batch.local, "outer", 0),
+    "a proof": lambda pool: pool._room.batch.proven.update({(0,): frozenset({1})}),
+    "another hook": lambda pool: pool._room.batch.watch(pool._room.batch.entries, Journal()),
+    "a slot": lambda pool: vars(pool.model.get_base_model())[SLOTS].update(default=None),
+    "a version": lambda pool: setattr(pool._members["mine"], "version", 2),
+    "a member": lambda pool: pool._members.pop("mine"),
+}
+
+
+@pytest.mark.parametrize("damage", NOTES)
+def test_a_note_is_looked_at(folders, damage):
+    sources = dict(zip(["mine", "other"], folders, strict=True))
+    pool = AdapterPool(load(KIND, folders[0]), adapters=sources, rows=2, progress=False)
+    pool.assign([None, "other"])
+    before = snapshot(pool)
+    assert_untouched(pool, before)
+    NOTES[damage](pool)
+    with pytest.raises(AssertionError):
+        assert_untouched(pool, before)
 
 
 def test_files_are_compared_to_the_byte(both, monkeypatch):

@@ -11,7 +11,7 @@ from html import unescape
 
 import pytest
 import torch
-from models import ARCHITECTURES, KINDS, load, save_random_adapter
+from models import ARCHITECTURES, KINDS, Embedded, load, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused
@@ -138,16 +138,32 @@ def test_verdicts_next_to_each_other(model, new):
     assert all(float(x) + 0.5 * int(size) * len(unescape(text)) <= width for x, size, text in texts)
 
 
-def test_base_weights_that_no_output_depends_on(tmp_path):
-    """All rows of an embedding but those of the inputs, and a whole base model that was scaled."""
-    kind = KINDS["embedding"]
+class Counted(Embedded):
+    """With a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.ones(2))
+
+
+#: what changes no output, and its name
+UNSEEN = {
+    "embed.weight": lambda base, rows: base.embed.get_base_layer().weight.data.index_fill_(0, torch.tensor(rows), 1),
+    "steps": lambda base, rows: base.steps.add_(1),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_base_weights_that_no_output_depends_on(tmp_path, name):
+    """All rows of an embedding but those of the inputs, a buffer, and a whole base model that was scaled."""
+    kind = replace(KINDS["embedding"], make_random=Counted)
     folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
     model, unseen = load(kind, folder), sorted({*range(20)} - {*kind.inputs().flatten().tolist()})
     assert verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
-    model.get_base_model().embed.get_base_layer().weight.data[unseen] *= 1.3
+    UNSEEN[name](model.get_base_model(), unseen)
     verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
     assert verdict.difference == 0
-    assert verdict.mismatches == ("1 tensors differ from a fresh load, such as the base model's embed.weight",)
+    assert verdict.mismatches == (f"1 tensors differ from a fresh load, such as the base model's {name}",)
     for name, parameter in model.get_base_model().named_parameters():
         parameter.data *= 1 if "lora_" in name else 1.3
     # as the docstring says: without a base, it is the adapter alone that is compared

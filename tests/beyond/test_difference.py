@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from adapters import CONFIGS, LLAMA, save_all
+from adapters import CONFIGS, LLAMA, save_all, save_random_adapter_of
 from lengths import long
 from lora_kinds import ATTENTION
-from models import call, load
+from models import KINDS, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
-from peft import LoraConfig, OFTConfig, PeftModel
+from partial import some_of
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel
+from refusals import refused
 
 from hotswap_lab import commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.wrappers import NOT_COMPARED
@@ -45,6 +48,36 @@ def test_what_is_added_to_an_inactive_adapter_is_frozen(growing):
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     hotswap_adapter(model, more, "default", add_layers=True)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+LINEAR = KINDS["linear"]
+HAD = ("first", "blocks.0")
+METHODS_WITH_LAYERS = {
+    "LoRA": lambda targets: LoraConfig(r=3, target_modules=targets),
+    "DoRA": lambda targets: LoraConfig(r=3, target_modules=targets, use_dora=True),
+    # such a swap takes the adapter out of layers, and does not just turn it off there
+    "LoRA, and DoRA on one layer": lambda targets: LoraConfig(r=3, target_modules=targets, use_dora=len(targets) == 1),
+    "LoHa": lambda targets: LoHaConfig(r=3, target_modules=targets),
+    "IA3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_LAYERS)
+def test_layers_that_had_the_adapter_get_it_again(tmp_path, method):
+    """All of an adapter's layers must have had it, or ``add_layers`` is needed."""
+    make, numbers = METHODS_WITH_LAYERS[method], itertools.count()
+
+    def save(targets):
+        return save_random_adapter_of(make([*targets]), tmp_path / str(n := next(numbers)), n, LINEAR)
+
+    model, one = load(LINEAR, save(HAD)), save(HAD[:1])
+    for targets in some_of(LINEAR.modules) + some_of(HAD):
+        hotswap_adapter(model, one, "default")
+        if {*targets} <= {*HAD}:
+            hotswap_adapter(model, folder := save(targets), "default")
+            assert_same_outputs(model, load(LINEAR, folder), LINEAR)
+        else:
+            refused("add_layers=True", hotswap_adapter, model, save(targets), "default")
 
 
 #: by what must stay the same objects: the config of the loaded adapter, and of one that differs in the shapes alone

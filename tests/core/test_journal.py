@@ -86,5 +86,5 @@ def test_other_threads_neither_hold_nor_receive():
         mine = signal.getsignal(signal.SIGINT)
         press()
         thread.start()
-        thread.join()
+        thread.join(60)
     assert seen == [mine]

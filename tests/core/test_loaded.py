@@ -233,15 +233,14 @@ def test_the_log_is_a_history(caplog, tmp_path):
         ("prepare", "INFO", None, 1),
         ("swap", "INFO", "shout", 1),
         ("swap", "INFO", None, 1),
-        ("refusal", "WARNING", None, 1),
-        ("refusal", "WARNING", None, 1),
+        *4 * [("refusal", "WARNING", None, 1)],  # of two operations, each asked for twice
         ("swap", "INFO", mix, 1),
         ("strength", "INFO", mix, 0.25),
         ("swap", "INFO", "sort", 1),
         ("swap", "INFO", mix, 0.25),
-        ("refusal", "WARNING", mix, 0.25),
-        ("refusal", "WARNING", None, None),
-        ("refusal", "WARNING", mix, 0.25),
+        *2 * [("refusal", "WARNING", mix, 0.25)],
+        *2 * [("refusal", "WARNING", None, None)],
+        *2 * [("refusal", "WARNING", mix, 0.25)],
     ]
     assert caplog.records[2].source == SORT
     assert "no folder" in caplog.records[3].getMessage()

@@ -269,7 +269,7 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
     found = []
     other = threading.Thread(target=lambda: found.append(smollm2.dequantized(file)))
     found.append(smollm2.dequantized(file))
-    other.join()
+    other.join(60)
     assert len(done) == 1
     assert found[0] == found[1]
 

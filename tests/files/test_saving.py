@@ -179,7 +179,6 @@ def test_base_weights_with_a_merged_adapter_are_not_saved(tmp_path, where, merge
     model.merge_adapter()
     found = f"base weights that are saved, too(.|\\n)*merged into some: {merged}"
     refused(found, save_adapter, model, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
     model.unmerge_adapter()
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), load(LLAMA, folder), LLAMA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import refusals
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -23,6 +25,7 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from lengths import long
 from oracle import assert_same_tables, assert_same_tensors, config_of, untouched
+from partial import some_of
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from row_truth import assert_close
@@ -351,6 +354,22 @@ def test_a_component_that_the_new_file_has_nothing_for_is_off_until_one_comes_th
         assert_like_fresh(pipe, SD.loaded(source), SD)
 
 
+def test_some_components_of_some():
+    """Those that are chosen are as after a fresh load, or off; the others are left alone."""
+    both = {"unet": ("to_q",), "text_encoder": ("q_proj",)}
+    files = {names: lora(SD, seed=2, components={name: both[name] for name in names}) for names in some_of(both)}
+    for (names, source), chosen in itertools.product(files.items(), some_of(both)):
+        pipe = SD.loaded(lora(SD, components=both))
+        if not {*names} & {*chosen}:
+            refused(pipe, source, "components without an adapter", components=chosen)
+            continue
+        with untouched(*[getattr(pipe, name) for name in both if name not in chosen]):
+            hotswap_pipeline(pipe, source, "style", components=chosen)
+        fresh = SD.loaded(source)
+        for name in chosen:
+            assert_same_component(getattr(pipe, name), getattr(fresh, name), "style")
+
+
 def test_layers_that_the_loaded_one_lacks():
     small, large = lora(SD, components={"unet": ("to_q",), "text_encoder": ("q_proj",)}), lora(SD, seed=2)
     pipe = SD.loaded(small)
@@ -464,11 +483,10 @@ UNFIT = "can't be loaded into this StableDiffusionPipeline"
 def refused(pipe, source, match: str, name: str = "style", **kwargs) -> HotswapError:
     """The swap is refused, the components are untouched, and the error says what to do."""
     config = dict(pipe.config)
-    with untouched(*components_of(pipe).values()), pytest.raises(HotswapError, match=match) as error:
-        hotswap_pipeline(pipe, source, name, **kwargs)
+    error = refusals.refused(match, hotswap_pipeline, pipe, source, name, **kwargs)
     assert dict(pipe.config) == config
-    assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.value.refusals)
-    return error.value
+    assert all(refusal.found and refusal.expected and refusal.next_step for refusal in error.refusals)
+    return error
 
 
 def test_fused_is_refused_for_all_components_or_for_those_that_are_to_be_swapped():

@@ -8,11 +8,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import save_random_adapter_of
+from exported import bind, file_of
 from models import KINDS, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel
@@ -55,6 +57,8 @@ class Case:
     changes: bool = True
     #: states of its own on the way that are whole, too: made by these actions
     stations: tuple[Callable[[], object], ...] = field(default=())
+    #: the way back to what the model was made with, and what compares it with a fresh load
+    back: Callable[[], None] | None = None
     #: locks that nobody holds afterwards, beside those that are found by themselves
     locks: tuple = ()
 
@@ -100,6 +104,10 @@ def _trained(folder: str, target_rank: int | None = None) -> PeftModel:
     model = load(LINEAR, folder, is_trainable=True)
     if target_rank:
         prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+        hotswap_adapter(model, folder, "default")  # from now on, the room knows what is zero
+        with torch.no_grad():
+            for each in filter(attrgetter("requires_grad"), model.parameters()):
+                each.add_(0.1)  # beyond the adapter's own rank, too, as an optimizer's momentum does
     model(LINEAR.inputs()).sum().backward()
     model.base_model.model.blocks.train()
     return model
@@ -131,12 +139,18 @@ def refused(action: Callable[[], object]) -> None:
         action()
 
 
-def _on(make, action, check=lambda model: None, changes=True, **settings):
+def _on(make, action, check=lambda model: None, changes=True, back=None):
     """Something that is done to one model."""
 
     def case():
         model = make()
-        return Case(lambda: action(model), (model,), check=lambda: check(model), changes=changes, **settings)
+        return Case(
+            lambda: action(model),
+            (model,),
+            check=lambda: check(model),
+            changes=changes,
+            back=back and (lambda: back(model)),
+        )
 
     return case
 
@@ -174,10 +188,15 @@ def _swap_case(old, new, other=None, way=None, target_rank=None, **arguments):
             model.set_adapter("default")
         return model
 
+    def back(model):
+        hotswap_adapter(model, old, "default")
+        assert_equals_fresh_load(model.eval(), LINEAR, old, **settings)
+
     return _on(
         make,
         way or (lambda model: hotswap_adapter(model, new, "default", **arguments)),
         lambda model: assert_equals_fresh_load(model.eval(), LINEAR, new, **settings),
+        back=back,
     )
 
 
@@ -195,6 +214,32 @@ def _swap_other(old_config, new_config, shelf):
 def _swap_beside(shelf):
     old, new = shelf(1, r=4, use_dora=True, target_modules=["first"]), shelf(2, r=6, use_dora=True)
     return _swap_case(old, new, shelf(3, r=3), add_layers=True)
+
+
+@operation("hotswap: compiled ahead", 1)
+@operation("hotswap: rows, compiled ahead", 3)
+def _swap_ahead(rows, shelf):
+    """A swap that code compiled ahead of time reads, and a check by calling this code."""
+    old, new, x = shelf(1, r=4), shelf(2, r=6, lora_alpha=3, target_modules=["first"]), LINEAR.inputs()[:3]
+
+    def make():
+        model, sources = load(LINEAR, old), {"old": old, "new": new}
+        if rows > 1:
+            AdapterPool(model, adapters=sources, target_rank=8, rows=rows, progress=False).assign(["new", None, "old"])
+        else:
+            prepare_model_for_compiled_hotswap(model, target_rank=8)
+        return model
+
+    path = file_of(make(), shelf.folder, kwargs=dict(x=x))
+
+    def check(model, folder):
+        torch.testing.assert_close(bind(path, model)(x), call(load(LINEAR, folder), x), rtol=0, atol=1e-5)
+        assert_equals_fresh_load(model, LINEAR, folder, prepared=True)
+
+    def swap(model, folder):
+        hotswap_adapter(model, folder, "default")
+
+    return _on(make, lambda model: swap(model, new), lambda model: check(model, new))
 
 
 @operation("hotswap from a state dict")

@@ -12,6 +12,7 @@ import collections
 import gc
 import itertools
 import math
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,9 +20,12 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, list_steps, run_with_fault
-from lengths import TIMES, long
+from lengths import TIMES, few_of, long
 from operations import OPERATIONS, Case, Shelf, around, held
-from oracle import contents, differences, identities
+from oracle import contents, differences, identities, notes_on
+from refusals import refused
+
+from hotswap_lab import HotswapError
 
 UNITS = ("line", "call", "deep", "signal")
 #: the modules whose first line says that what was decided is being written from here on
@@ -30,6 +34,10 @@ WRITING = ("core/journal.py", "files/saving.py")
 BEFORE_WRITING = {"line": 25, "call": 15, "deep": 15, "signal": 30}
 #: and how many after
 WHILE_WRITING = {"line": 90, "call": 50, "deep": 20, "signal": 60}
+#: at how many steps each operation fails before it is done again
+RETRIES = 3
+#: what a swap leaves to the next one to look up
+LOOKED_UP = re.compile(r"\[hotswap_(slots|targets)\]")
 
 
 class Hunt:
@@ -167,3 +175,46 @@ def test_a_fault_at_every_step(name, share, tmp_path, monkeypatch):
             hunt.run(step, next(kinds), unit)
     hunt.finish()
     assert hunt.faults >= 10 * share
+
+
+@pytest.mark.usefixtures("python_sigint")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", few_of(OPERATIONS, [name for name in OPERATIONS if "pipeline" not in name]))
+def test_again(name, tmp_path):
+    """After its own failure, a second time, and there and back: as if nothing had been before."""
+    make = OPERATIONS[name](Shelf(tmp_path))
+    (done := make()).action()
+    goal = whole(done)
+    places = list_steps(make().action)
+    start = next((number for number, place in enumerate(places) if place.startswith(WRITING)), 0)
+    for number, step in enumerate(_some(range(start + 1, len(places) + 1), RETRIES)):
+        case = make()
+        before = [contents(model) for model in case.models], case.extra()
+        outcome = run_with_fault(case.action, step, [*FAULTS.values()][number % len(FAULTS)])
+        if ([contents(model) for model in case.models], case.extra()) == before:
+            case.action()
+            found = list(differences(goal, whole(case)))
+            assert not found, f"again after {outcome.where}\n" + "\n".join(found[:12])
+            case.check()
+    if not is_refused_again(done):
+        found = [each for each in differences(goal, whole(done)) if not LOOKED_UP.search(each)]
+        assert not found or "update" in name, "twice\n" + "\n".join(found[:12])
+        done.check()
+    if done.back:
+        done.back()
+        done.action()
+        done.check()
+
+
+def whole(case: Case) -> tuple:
+    """All of its models, and our notes on them, in values that those of another case may equal."""
+    return [(contents(model), notes_on(model, which=False)) for model in case.models], case.extra()
+
+
+def is_refused_again(case: Case) -> bool:
+    try:
+        case.action()
+    except HotswapError as error:
+        refused(re.escape(str(error)), case.action)
+        return True
+    return False

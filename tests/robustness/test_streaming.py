@@ -104,7 +104,7 @@ def served_by_gradio(stream: Callable) -> Iterator[Callable[[str], str]]:
         free.put(Client(address, verbose=False, httpx_kwargs={"timeout": 120}))
 
     def ask(name: str) -> str:
-        client = free.get()
+        client = free.get(timeout=120)
         try:
             return client.submit(name, api_name="/stream").result(timeout=120)
         finally:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lengths import TIMES, long
+from lengths import TIMES, eventually, long
 from models import KINDS, load
 from pool_sources import save_sources
 
@@ -148,11 +148,11 @@ def storm(
         swappers = [threads.submit(swap, number) for number in range(swapping)]
         try:
             for each in swappers:
-                each.result()
+                each.result(600)
         finally:
             done.set()
         for each in readers:
-            each.result()
+            each.result(60)
     assert not (backend and watch.recompiles)
     output = call()
     assert any(torch.equal(output, each) for each in expected.values()), "a mixture was left behind"
@@ -210,8 +210,7 @@ def test_two_models_are_taken_in_one_order(folders):
         with locked(kept.get_base_model(), computing=True):
             thread.start()
             for _ in range(2):  # it is there, and has had the time to take what is free
-                while not is_waiting(thread):
-                    time.sleep(0.01)
+                assert eventually(lambda: is_waiting(thread), 60)
                 time.sleep(0.1)
             try:
                 with waiting_at_most(0):

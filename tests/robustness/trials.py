@@ -367,6 +367,6 @@ class Laboratory:
             except EOFError:
                 found.append({"outcome": "died"})
         process.kill()
-        process.join()
+        process.join(PATIENCE)
         answers.close()
         return found

@@ -116,11 +116,11 @@ def trial(address: str, requests: int, clients: int = 8, kill_every: int = 0, up
         done = [pool.submit(each.client, number, requests // clients) for number in range(clients)]
         try:
             for one in done:
-                one.result()
+                one.result(600)
         finally:
             each.is_over.set()
         for one in making:
-            one.result()
+            one.result(600)
     return dict(each.counts)
 
 

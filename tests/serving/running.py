@@ -8,11 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx2
+from lengths import eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from hotswap_lab.lessons.serving import QUIET, start_ray
@@ -90,14 +90,6 @@ def change(address: str, adapters: Mapping[str, str | None]) -> httpx2.Response:
     """The answer to an admin call that changes adapters."""
     header = {"Authorization": f"Bearer {TOKEN}"}
     return httpx2.post(f"{address}/admin/adapters", json=adapters, headers=header, timeout=60)
-
-
-def eventually(is_so: Callable[[], Any], seconds: float = 120) -> Any:
-    """What ``is_so`` gives as soon as that is true; asked once more at the end."""
-    deadline = time.monotonic() + seconds
-    while not (found := is_so()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
 
 
 def numbers(text: str) -> dict[tuple[str, ...], float]:

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("ray")
 
 from both_kinds import BothKinds
+from lengths import eventually
 from replica_faults import ADAPTERS, trial
-from running import TOKEN, change, eventually, running, states
+from running import TOKEN, change, running, states
 from served import FAMILY, WORDS
 
 from hotswap_lab.lessons.serving import lose

@@ -58,7 +58,7 @@ class Hostile:
                 part = parts.pop(0)
                 return {"type": "http.request", "body": part, "more_body": bool(parts)}
             if leaves is None or sent < leaves:
-                await gone.wait()
+                await asyncio.wait_for(gone.wait(), 120)
             return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from lengths import TIMES, long
+from lengths import TIMES, eventually, long
+from partial import some_of
 from peft import PeftModel
 from refusals import refused
 from row_truth import together
@@ -121,12 +122,15 @@ def test_streamed_pieces_are_the_answer(served):
     assert (cut.text, cut.finish) == ("note", "length")
 
 
-STOPS = {("kno",): "noteboo", ("zz", "book"): "note", ("n",): "", ("kx",): "notebooknotebook", ("k", "b"): "note"}
+#: three of them end with the same letter, of which the first in the text is not the first here; one is not in the text
+STOPS = [("n",), *some_of(("ook", "book", "k", "kno", "kx"))]
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_an_answer_ends_before_a_stop(served, is_streamed):
-    for stop, text in STOPS.items():
+    whole = "notebooknotebook"
+    for stop in STOPS:
+        text = whole[: min([whole.find(each) for each in stop if each in whole], default=len(whole))]
         pieces = asyncio.run(served.pieces("double", "notebook", stop=stop, is_streamed=is_streamed))
         assert ("".join(piece.text for piece in pieces), pieces[-1].finish) == (text, "stop")
         assert is_streamed or len(pieces) == 1
@@ -282,7 +286,8 @@ def test_models_of_ones_own(tmp_path, kind, more, in_rows):
     assert len({text for text, _ in said}) > 3
     if not in_rows:
         model = replica.pool.model
-        refused("can't be compiled for rows", Replica, model, replica.tokenizer, versions, Options(compile=True))
+        with pytest.raises(HotswapError, match="can't be compiled for rows"):
+            Replica(model, replica.tokenizer, versions, Options(compile=True))
 
 
 def test_a_model_that_does_not_read_that_far():
@@ -471,8 +476,7 @@ def test_a_version_stays_in_memory_while_an_accepted_request_needs_it(tmp_path, 
 
     async def run():
         asking = asyncio.ensure_future(served.ask("voice", "hotswap"))
-        while not served.replicas[0].state["waiting"]:
-            await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(eventually, lambda: served.replicas[0].state["waiting"])
         await served.change({**{f"other{n}": path for n, path in enumerate(others)}, "voice": None})
         shutil.rmtree(voice)
         return await asking

@@ -11,7 +11,8 @@ import sys
 
 import httpx2
 import pytest
-from running import eventually, free_port
+from lengths import eventually
+from running import free_port
 
 from hotswap_lab import demo
 from hotswap_lab.__main__ import main

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from running import eventually
+from lengths import eventually
 from served import FAMILY, WORDS, alone
 from test_recipes import RECIPES, code_of
 

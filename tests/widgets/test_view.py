@@ -94,6 +94,6 @@ def test_a_click_has_the_modes_of_the_cell_that_made_the_widget(modes):
         with turn_off(), ThreadPoolExecutor(1) as subshell:
             click()
             assert work.wait(30)
-            subshell.submit(click).result()
+            subshell.submit(click).result(30)
             assert work.wait(30)
     assert found == [modes] * 4
