@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import re
 import shutil
 import subprocess
@@ -441,6 +442,19 @@ def test_layers_that_are_reserved(layers):
     numbers = 4 * SHORT.target_rank * sum(map(sum, shapes))
     assert rows[0].nbytes() - rows[1].nbytes() == SHORT.rows * numbers
     assert adapters[0] / 2 - adapters[1] == pytest.approx(numbers, rel=0.01)
+
+
+def test_what_a_file_says_is_escaped_in_the_log(tmp_path):
+    path = save_random_adapter(tmp_path / "voice\x1b[31m\n", 1)
+    replica, voice = replica_of({"shout": FAMILY["shout"]}), Version.of("voice", path)
+    config = Path(path, "adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "other"}))
+    with logged() as messages:
+        ask = replica.answer(Request(prompt="hotswap>", shares={voice: 1.0}))
+        refused("can't read", asyncio.run, text_of(ask))
+    (message,) = messages
+    assert r"voice\x1b[31m\n" in message
+    assert all(each.isprintable() for each in message.splitlines())
 
 
 def test_files_that_have_changed_since_they_were_checked(tmp_path):
