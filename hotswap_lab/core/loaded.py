@@ -178,7 +178,7 @@ def loaded_of(slot: Slot) -> Loaded:
 
 def _state_of(slot: Slot) -> str:
     """What a forward does with the adapter, as in :class:`Loaded`."""
-    part = slot.layers[0].module if slot.layers else slot.host.carrier
+    part: Any = slot.layers[0].module if slot.layers else slot.host.carrier
     if getattr(part, "disable_adapters" if slot.layers else "_adapters_disabled", False):
         return "disabled"
     return "merged" if slot.is_merged else "active" if slot.adapter_name in part.active_adapters else "inactive"

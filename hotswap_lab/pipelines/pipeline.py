@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 #: adapters, and models, by the names of components
-Adapters, Models = Mapping[str, Adapter], dict[str, torch.nn.Module]
+Adapters = Mapping[str, Adapter]
+Models = dict[str, torch.nn.Module]
 #: anything that ``load_lora_weights`` takes, or the result of :func:`read_pipeline_lora`
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapters
 
@@ -355,7 +356,9 @@ def for_these(adapters: Adapters, loaded: Models, components: Sequence[str] | No
     return wanted
 
 
-def read_source(pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping) -> Adapters:
+def read_source(
+    pipe: DiffusionPipeline, source: Source, allow_nonfinite: bool, arguments: Mapping[str, object]
+) -> Adapters:
     if not (isinstance(source, Mapping) and any(isinstance(value, Adapter) for value in source.values())):
         return read_pipeline_lora(pipe, source, allow_nonfinite=allow_nonfinite, **arguments)
     if arguments:

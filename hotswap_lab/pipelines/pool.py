@@ -76,12 +76,14 @@ class PipelinePool:
         self, pipe: Any, adapter_name: str, adapters: Files, *, target_rank: int | None = None, **kwargs: object
     ):
         check_named(adapters)
-        self.pipe, self.adapter_name, self._reading = pipe, adapter_name, kwargs
+        self.pipe: Any = pipe
+        self.adapter_name: str = adapter_name
+        self._reading = kwargs
         self._told = lambda: refusals_told(pipe, adapter_name)
         with self._told():
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes
-            self.model = torch.nn.ModuleList(self._loaded.values())
+            self.model: torch.nn.ModuleList = torch.nn.ModuleList(self._loaded.values())
             self._bases = bases_of(self)
             read = {name: self._read(source) for name, source in adapters.items()}
             with locked(*self._bases):
