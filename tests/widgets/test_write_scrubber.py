@@ -66,7 +66,7 @@ def test_each_step_writes_one_row_of_every_layer():
     addresses = [tensor.parameter.data_ptr() for tensor in view._slot.tensors]
     view.go(3)
     ranks = [LoraConfig.from_pretrained(demo.adapter_path(name)).r for name in view.names]
-    assert f"reverse has rank {ranks[0]}, vowels_up {ranks[1]}, and so many rows<" in view._picture()
+    assert f"reverse has {ranks[0]} rows (its rank), vowels_up {ranks[1]}<" in view._picture()
     assert [tensor.parameter.data_ptr() for tensor in view._slot.tensors] == addresses  # as the picture says
     for tensor, old, new in zip(view._slot.tensors, *view._ends, strict=True):
         rows = tensor.parameter.movedim(tensor.rank_axis, 0)
