@@ -163,7 +163,7 @@ def test_four_threads():
     begin = Barrier(4)
 
     def answers(thread: int) -> list[bool]:
-        begin.wait()
+        begin.wait(60)
         found = []
         for number in range(5):
             with pool.using(name := names[(3 * thread + 2 * number) % 10]):

@@ -93,7 +93,8 @@ def test_a_port_that_another_program_has_is_said_before_anything_is_loaded(capsy
     monkeypatch.setattr("hotswap_lab.serving.one_process.load_replica", None)
     with socket.create_server(("127.0.0.1", 0)) as other:
         for port in (other.getsockname()[1], 99999):
-            assert main(["serve", "--port", f"{port}"]) == 1
+            with pytest.raises(SystemExit, match=r"^2$"):
+                main(["serve", "--port", f"{port}"])
             said = capsys.readouterr()
             assert f"can't listen at 127.0.0.1, port {port}" in said.err
             assert "Ready" not in said.out + said.err
