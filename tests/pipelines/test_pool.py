@@ -183,7 +183,7 @@ def refused_in(worker: ThreadPoolExecutor, swap: Callable[[], object]) -> None:
             swap()
 
     with pytest.raises(HotswapError, match="in use"):
-        worker.submit(now).result()
+        worker.submit(now).result(60)
 
 
 def test_a_thread_in_one_component_holds_back_swaps_in_all():
