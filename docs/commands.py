@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from functools import reduce
 from operator import or_
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import ConfigDict, create_model
@@ -18,7 +19,7 @@ from hotswap_lab.files.summary import Summary
 from hotswap_lab.verify import Verification
 
 #: what a command didn't decide needs these: the base's weights, or inputs
-UNDECIDED: dict[str, Any] = {"ok": None, "needs": list[str]}
+UNDECIDED: dict[str, Any] = {"ok": NoneType, "needs": list[str]}
 #: a swap, a file or a folder that was refused
 REFUSED: dict[str, Any] = {"ok": Literal[False], "error": str, "refusals": list[Refusal]}
 WRONG_USE: dict[str, Any] = {"ok": Literal[False], "error": str}
