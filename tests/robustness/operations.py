@@ -29,6 +29,7 @@ from hotswap_lab import (
     get_strength,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
+    loaded,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     save_adapter,
@@ -139,7 +140,7 @@ def refused(action: Callable[[], object]) -> None:
         action()
 
 
-def _on(make, action, check=lambda model: None, changes=True, back=None):
+def _on(make, action, check=lambda model: None, changes=True, back=None, extra=lambda model: None):
     """Something that is done to one model."""
 
     def case():
@@ -148,6 +149,7 @@ def _on(make, action, check=lambda model: None, changes=True, back=None):
             lambda: action(model),
             (model,),
             check=lambda: check(model),
+            extra=lambda: extra(model),
             changes=changes,
             back=back and (lambda: back(model)),
         )
@@ -239,7 +241,9 @@ def _swap_ahead(rows, shelf):
     def swap(model, folder):
         hotswap_adapter(model, folder, "default")
 
-    return _on(make, lambda model: swap(model, new), lambda model: check(model, new))
+    # no parameter shows what rows compute with
+    rows_now = lambda model: [each.member for each in loaded(model)[0].rows]  # noqa: E731
+    return _on(make, lambda model: swap(model, new), lambda model: check(model, new), extra=rows_now)
 
 
 @operation("hotswap from a state dict")
