@@ -168,10 +168,14 @@ def _loaded(base: str, adapter: str) -> tuple[Any, Any]:
     from peft import PeftModel
 
     from .beyond.base_values import copies_for
+    from .beyond.configs import pointless_rank
     from .files.reading import read
 
-    model = _model(base)
-    originals = copies_for(model, read(adapter, for_one_swap=True))
+    model, found = _model(base), read(adapter, for_one_swap=True)
+    ranks = {"its config": getattr(found.config, "r", 1), **(getattr(found.config, "rank_pattern", None) or {})}
+    if refusals := [each for name, rank in ranks.items() if rank for each in pointless_rank(rank, name, model)]:
+        raise HotswapError(*refusals)  # PEFT would allocate any
+    originals = copies_for(model, found)
     return _with_adapter(model, adapter, PeftModel.from_pretrained), originals
 
 
@@ -229,7 +233,10 @@ def unused(folder: str) -> str:
 
 def weighted(text: str) -> tuple[str, float]:
     adapter, _, weight = text.rpartition(":")
-    return path(adapter), float(weight)
+    try:
+        return path(adapter), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5") from None
 
 
 def pair(text: str) -> tuple[str, str]:

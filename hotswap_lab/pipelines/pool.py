@@ -31,7 +31,8 @@ class PipelinePool:
     Parameters
     ----------
     pipe:
-        A pipeline with a loaded LoRA: load the file with the most components first. Make the pool before compiling.
+        A pipeline with a loaded LoRA in each component that a file has tensors for, under one name: load the file with
+        the most components first. Make the pool before compiling.
     adapter_name:
         The name of the loaded adapter whose place the pool uses.
     adapters:
@@ -136,6 +137,25 @@ class PipelinePool:
     @strength.setter
     def strength(self, value: float) -> None:
         self._all(lambda pool, _: setattr(pool, "strength", value))
+
+    def version(self, name: str) -> int:
+        """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
+        return next(iter(self._pools.values())).version(name)
+
+    def add(self, name: str, source: Source) -> None:
+        """Read a LoRA file into memory; ``source`` as in ``adapters``. The pipeline is not changed.
+
+        Raises
+        ------
+        HotswapError
+            If the name is taken, or the file can't be read or doesn't fit what was prepared. Nothing is changed then.
+        """
+        adapters = self._read(source)
+        self._all(lambda pool, component: pool.add(name, adapters[component]))
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter from the pool. One that a component computes with can't be removed."""
+        self._all(lambda pool, _: pool.remove(name))
 
     def update(self, name: str, source: Source) -> None:
         """Give an adapter new weights; ``source`` as in ``adapters``. If the pipeline computes with it, it gets them.

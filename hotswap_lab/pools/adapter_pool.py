@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from ..beyond.base_values import ANY, base_weights_in, change_to_originals, kept_originals, lost_originals
 from ..beyond.passes import METHODS, PASSES
 from ..core.adapter import ORIGIN, Adapter
-from ..core.change import LATEST, Step, apply
+from ..core.change import Change, Step, apply
 from ..core.compiled import frozen, frozen_in
-from ..core.errors import HotswapError, listing, refused
+from ..core.errors import HotswapError, advise, listing, refused
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
 from ..core.loaded import tell
@@ -41,6 +41,11 @@ from .rows import Row, RowRoom
 Wanted = str | Mapping[str, float] | None
 #: tensors, an adapter, or a learner, whose adapter is copied
 Weights = Mapping[str, torch.Tensor] | Adapter | torch.nn.Module
+#: the advice of a refusal that a pool can't follow, since its layers are fixed, and what to do instead
+IN_POOLS = {
+    "pass add_layers=True to add them, or load the adapter that targets the most layers first": "make the pool with "
+    "this adapter among its `adapters`",
+}
 
 
 class AdapterPool:
@@ -242,8 +247,7 @@ class AdapterPool:
         with self._told(), self._members.lock:
             if is_used(self._room, self._members[name]):
                 raise refused("adapter_in_use", name=name)
-            del self._members[name]
-        LATEST[0] = object()
+            apply([Change(steps=[lambda journal: journal.remove(self._members, name)])])
 
     def update(self, name: str, state_dict: Weights, config: PeftConfig | None = None) -> None:
         """Give an adapter new weights. If the model computes with it, it gets them at once.
@@ -272,6 +276,7 @@ class AdapterPool:
                 packed, learned = self._pack(member, adapter, False), None
 
             def put(journal: Journal) -> None:
+                self._members.make_space(member, packed, journal, updated=True)
                 journal.set_attribute(member, "packed", packed)
                 journal.set_attribute(member, "version", member.version + 1)
                 journal.set_attribute(member, "learned", learned)
@@ -285,7 +290,6 @@ class AdapterPool:
                     change = change_to_snapshot(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
                     change = begin_change(self._room.slot)
-                self._members.make_space(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)
 
@@ -300,7 +304,8 @@ class AdapterPool:
         # pipeline's file has no config for a component that it has nothing for
         checks = check_targets and bool(adapter.tensors) and not hasattr(type(slot.host.base), "load_lora_adapter")
         plan = make_plan(slot, adapter, passes=PASSES, check_targets=checks)
-        plan.raise_if_refused()
+        if plan.refusals:
+            raise advise(HotswapError(*plan.refusals), IN_POOLS) from plan.cause
         if plan.is_decided:  # by a fresh load, which found only values that differ
             fields = ", ".join(slot.method.extra_state(adapter.config))
             raise refused("pool_needs_lora_alone", adapter_name=member.name, fields=fields)

@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..core.change import LATEST
+from ..core.change import Change, apply
 from ..core.errors import listing, refused
+from ..core.journal import Journal
 from ..core.room import Packed
 from ..files.reading import read
 from .learners import Learned
@@ -87,12 +88,15 @@ class Members(dict[str, Member]):
         self._check_free(name)
         member = Member(name)
         packed = self._read(member, source)  # without the lock: this may take long, and swaps must not wait for it
+
+        def put(journal: Journal) -> None:
+            self.make_space(member, packed, journal)
+            member.packed = packed
+            journal.set_item(self, name, member)
+
         with self.lock:
             self._check_free(name)
-            self.make_space(member, packed)
-            member.packed = packed
-            self[name] = member
-        LATEST[0] = object()
+            apply([Change(steps=[put])])
 
     def _check_free(self, name: str) -> None:
         if name in self:
@@ -116,13 +120,13 @@ class Members(dict[str, Member]):
                 raise refused("files_changed", name=member.name, source=member.source)
             packed = self._read(member, member.source)
             with self.lock:
-                self.make_space(member, packed)
+                self.make_space(member, packed, Journal())
                 member.packed = packed
         self._uses += 1
         member.used = self._uses
         return packed
 
-    def make_space(self, member: Member, packed: Packed, updated: bool = False) -> None:
+    def make_space(self, member: Member, packed: Packed, journal: Journal, updated: bool = False) -> None:
         """Drop members until this one fits; refuse it if it never would. The caller must hold the lock."""
         if self.max_bytes is None:
             return
@@ -138,7 +142,7 @@ class Members(dict[str, Member]):
         total = fixed + sum(each.nbytes for each in in_memory)
         for each in in_memory:
             if total > self.max_bytes:
-                each.packed = None
+                journal.set_attribute(each, "packed", None)
                 total -= each.nbytes
 
 

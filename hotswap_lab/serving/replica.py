@@ -30,7 +30,7 @@ GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
 #: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS = {"pass add_layers=True to add them, or load": "start the server with layers=all-linear, or with"}
+IN_SERVERS = {"make the pool with this adapter among its `adapters`": "start the server with it, or layers=all-linear"}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 

@@ -155,6 +155,50 @@ def test_update():
     assert_like_fresh(pipe, SD.loaded(files["style 8"]), SD)
 
 
+def test_add_and_remove():
+    files = {name: each for name, each in ten().items() if name in ("style 3", "style 4", "style 5")}
+    pipe, pool = pool_of({"style 4": files.pop("style 4")})
+    models = components_of(pipe).values()
+    with untouched(*models):
+        for name, file in files.items():
+            pool.add(name, file)
+    for name, file in files.items():
+        pool.swap(name)
+        assert_like_fresh(pipe, SD.loaded(file), SD)
+    assert (pool.names, pool.version("style 4")) == (["style 4", "style 3", "style 5"], 1)
+    refused = {
+        "style 3. already": lambda: pool.add("style 3", files["style 5"]),
+        "does not fit": lambda: pool.add("another", {**files["style 3"], next(iter(files["style 3"])): torch.ones(1)}),
+        "among its `adapters`": lambda: pool.add("another", lora(SD, components={"unet": ("conv_in",)})),
+        "in use": lambda: pool.remove("style 5"),
+        "no adapter called": lambda: pool.remove("nobody"),
+    }
+    for match, action in refused.items():
+        with untouched(*models), pytest.raises(HotswapError, match=match):
+            action()
+        assert pool.names == ["style 4", "style 3", "style 5"]
+    pool.swap("style 3")
+    pool.remove("style 5")
+    pool.add("style 5", files["style 3"])  # a name that is free again
+    pool.update("style 5", files["style 5"])
+    assert (pool.names, pool.version("style 5")) == (["style 4", "style 3", "style 5"], 2)
+    pool.swap("style 5")
+    assert_like_fresh(pipe, SD.loaded(files["style 5"]), SD)
+
+
+def test_an_adapter_in_use_in_one_component_stays_in_all():
+    pipe, pool = pool_of({"a": lora(SD), "b": lora(SD, seed=2)})
+    pool._pools["text_encoder"].swap("b")
+    for action in (lambda: pool.remove("a"), lambda: pool.remove("b")):
+        with pytest.raises(HotswapError, match="in use"):
+            action()
+    assert [each.names for each in pool._pools.values()] == [["a", "b"]] * 2
+    pool._pools["unet"].remove("b")
+    with pytest.raises(HotswapError, match="already"):
+        pool.add("b", lora(SD, seed=3))  # which only one of them has
+    assert [each.names for each in pool._pools.values()] == [["a"], ["a", "b"]]
+
+
 def test_four_threads():
     files = ten()
     pipe, pool = pool_of(files)
@@ -258,7 +302,7 @@ def test_what_is_no_pipeline_with_an_adapter():
         AdapterPool(SD.loaded(files["style 0"]), "style", files)
     with pytest.raises(HotswapError, match="not found"):
         PipelinePool(SD(), "style", files)
-    with pytest.raises(HotswapError, match=r"without an adapter[\s\S]*components first"):
+    with pytest.raises(HotswapError, match=r"without an adapter[\s\S]*together have tensors"):
         PipelinePool(SD.loaded(files["style 2"]), "style", files)
     with pytest.raises(HotswapError, match="no pipeline"):
         PipelinePool(SD().unet, "style", files)

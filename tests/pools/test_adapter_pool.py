@@ -538,6 +538,26 @@ def test_the_least_recently_used_adapter_is_dropped_and_read_again(model, source
     assert seen == set(sources)
 
 
+def test_an_update_that_fails_drops_no_other_adapter(model, sources, monkeypatch):
+    sizes = {name: each.nbytes for name, each in pool_of(model, sources)._members.items()}
+    small, *_, large = sorted(sources, key=sizes.__getitem__)
+    pool = pool_of(model, sources, max_bytes=2 * sizes[large] + sizes[small])
+    for name in (large, small):
+        pool.swap(name)
+    before = in_files(pool)
+    bigger = {**Adapter.load(sources[large]).tensors}, Adapter.load(sources[large]).config
+
+    def fails(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr("hotswap_lab.core.change.copy_all", fails)
+        pool.update(small, *bigger)
+    assert in_files(pool) == before
+    pool.update(small, *bigger)
+    assert in_files(pool) > before, "room was needed"
+
+
 def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     pool, dropped = small_pool(model, sources)
     shutil.rmtree(sources[dropped])

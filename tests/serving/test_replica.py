@@ -422,7 +422,7 @@ def test_what_one_replica_cannot_load_none_has(tmp_path):
 def test_layers_that_no_adapter_had_at_the_start():
     replica = replica_of({"caesar": FAMILY["caesar"]})
     error = refused("the old one lacks", replica.load, [Version.of("late", FAMILY["pig_latin"])])
-    assert error.refusals[0].next_step.startswith("start the server with layers=all-linear, or with the adapter")
+    assert error.refusals[0].next_step.startswith("start the server with it, or layers=all-linear")
     assert "@" not in str(error)
 
 
