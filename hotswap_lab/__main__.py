@@ -234,9 +234,10 @@ def unused(folder: str) -> str:
 def weighted(text: str) -> tuple[str, float]:
     adapter, _, weight = text.rpartition(":")
     try:
-        return path(adapter), float(weight)
+        number = float(weight)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5") from None
+    return path(adapter), number
 
 
 def pair(text: str) -> tuple[str, str]:

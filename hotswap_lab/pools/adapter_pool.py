@@ -32,7 +32,7 @@ from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, locked, put_back
 from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
-from .members import Member, Members, check_named, shown_of
+from .members import Member, Members, check_named, drop, shown_of
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
@@ -276,7 +276,7 @@ class AdapterPool:
                 packed, learned = self._pack(member, adapter, False), None
 
             def put(journal: Journal) -> None:
-                self._members.make_space(member, packed, journal, updated=True)
+                drop(unneeded, journal)
                 journal.set_attribute(member, "packed", packed)
                 journal.set_attribute(member, "version", member.version + 1)
                 journal.set_attribute(member, "learned", learned)
@@ -290,6 +290,7 @@ class AdapterPool:
                     change = change_to_snapshot(self._room, as_now(self._room, self._members, former, {member: packed}))
                 else:
                     change = begin_change(self._room.slot)
+                unneeded = self._members.without_room(member, packed, updated=True)
                 change.steps.append(put)
                 apply([change], tell=self._tell if in_model else None)
 

@@ -90,12 +90,13 @@ class Members(dict[str, Member]):
         packed = self._read(member, source)  # without the lock: this may take long, and swaps must not wait for it
 
         def put(journal: Journal) -> None:
-            self.make_space(member, packed, journal)
+            drop(unneeded, journal)
             member.packed = packed
             journal.set_item(self, name, member)
 
         with self.lock:
             self._check_free(name)
+            unneeded = self.without_room(member, packed)
             apply([Change(steps=[put])])
 
     def _check_free(self, name: str) -> None:
@@ -120,16 +121,16 @@ class Members(dict[str, Member]):
                 raise refused("files_changed", name=member.name, source=member.source)
             packed = self._read(member, member.source)
             with self.lock:
-                self.make_space(member, packed, Journal())
+                drop(self.without_room(member, packed), Journal())
                 member.packed = packed
         self._uses += 1
         member.used = self._uses
         return packed
 
-    def make_space(self, member: Member, packed: Packed, journal: Journal, updated: bool = False) -> None:
-        """Drop members until this one fits; refuse it if it never would. The caller must hold the lock."""
+    def without_room(self, member: Member, packed: Packed, updated: bool = False) -> list[Member]:
+        """The members to drop, so that this one fits; refuses it if it never would. The caller must hold the lock."""
         if self.max_bytes is None:
-            return
+            return []
         others = [each for each in self.values() if each is not member]
         stays = updated or not member.is_in_files
         fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
@@ -139,11 +140,17 @@ class Members(dict[str, Member]):
         if needed > self.max_bytes:
             raise refused("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
         in_memory = [each for each in droppable if each.packed is not None]
-        total = fixed + sum(each.nbytes for each in in_memory)
-        for each in in_memory:
-            if total > self.max_bytes:
-                journal.set_attribute(each, "packed", None)
-                total -= each.nbytes
+        total, dropped = fixed + sum(each.nbytes for each in in_memory), []
+        while total > self.max_bytes:
+            dropped.append(in_memory.pop(0))
+            total -= dropped[-1].nbytes
+        return dropped
+
+
+def drop(members: Sequence[Member], journal: Journal) -> None:
+    """Drop the weights of members, which are read again from their files when they are needed."""
+    for member in members:
+        journal.set_attribute(member, "packed", None)
 
 
 def check_named(adapters: object) -> None:

@@ -187,7 +187,7 @@ def test_add_and_remove():
 
 
 def test_an_adapter_in_use_in_one_component_stays_in_all():
-    pipe, pool = pool_of({"a": lora(SD), "b": lora(SD, seed=2)})
+    _, pool = pool_of({"a": lora(SD), "b": lora(SD, seed=2)})
     pool._pools["text_encoder"].swap("b")
     for action in (lambda: pool.remove("a"), lambda: pool.remove("b")):
         with pytest.raises(HotswapError, match="in use"):

@@ -550,9 +550,10 @@ def test_an_update_that_fails_drops_no_other_adapter(model, sources, monkeypatch
     def fails(*_):
         raise MemoryError
 
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr("hotswap_lab.core.change.copy_all", fails)
+    monkeypatch.setattr("hotswap_lab.core.change.copy_all", fails)
+    with pytest.raises(MemoryError):
         pool.update(small, *bigger)
+    monkeypatch.undo()
     assert in_files(pool) == before
     pool.update(small, *bigger)
     assert in_files(pool) > before, "room was needed"
