@@ -511,8 +511,7 @@ class AdapterPool:
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             if self._room.is_shared:
-                with self._told():
-                    raise refused("block_in_shared_memory")
+                raise refused("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))
