@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -218,7 +218,7 @@ def _pay(turn: Turn) -> None:
 
 
 @dataclass(eq=False, repr=False)
-class Block(contextlib.ContextDecorator, Generic[T]):
+class Block(Generic[T]):
     """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on.
 
     Parameters
@@ -239,9 +239,6 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     slow: Callable[[], Iterable[Callable[[], object]]]
     told: Callable[[], AbstractContextManager]
     _entry: Entry | None = field(default=None, init=False)
-
-    def _recreate_cm(self) -> Block[T]:
-        return replace(self)
 
     def _begun(self, awaits: bool = False) -> Entry:
         if self._entry is not None:
