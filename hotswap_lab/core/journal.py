@@ -32,16 +32,12 @@ class Journal:
     {'a': 1, 'c': 3}
     """
 
-    _undo: list[Callable[[], object]] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to undo."""
-        return not self._undo
+    #: what is left to undo
+    undo: list[Callable[[], object]] = field(default_factory=list)
 
     def record(self, undo: Callable[[], object]) -> None:
         """Add an undo step. Call this *before* the change that ``undo`` takes back."""
-        self._undo.append(undo)
+        self.undo.append(undo)
 
     def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set ``table[key] = value`` and record how to undo it. Do nothing if the entry is that very object already."""
@@ -97,9 +93,9 @@ class Journal:
     def roll_back(self) -> None:
         """Undo everything, last step first. Ctrl-C waits until the model is whole."""
         with interrupts_held():
-            while self._undo:
-                self._undo[-1]()
-                self._undo.pop()
+            while self.undo:
+                self.undo[-1]()
+                self.undo.pop()
             torch.clear_autocast_cache()  # it may have casts of values that are gone again
 
 
