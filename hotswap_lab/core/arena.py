@@ -46,10 +46,6 @@ class Band:
     memory: torch.Tensor
     spans: tuple[Span, ...]
 
-    @property
-    def is_tail(self) -> bool:
-        return self.memory.dim() == 1
-
 
 def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
     """Bands of zeros for tensors of these shapes, the tail last, with the dtype and on the device of ``like``.

@@ -227,9 +227,9 @@ class Room:
         rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
         filled, taken = [], []
         for band in self.bands:
-            ranks = [rank_of.get(span.tensor, 0) for span in band.spans]
-            filled.append(0 if band.is_tail else min(ranks))
-            taken.append(len(band.memory) if band.is_tail else max(ranks))
+            ranks, is_tail = [rank_of.get(span.tensor, 0) for span in band.spans], band.memory.dim() == 1
+            filled.append(0 if is_tail else min(ranks))
+            taken.append(len(band.memory) if is_tail else max(ranks))
         return filled, taken
 
     @property
