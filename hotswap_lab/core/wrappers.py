@@ -50,8 +50,7 @@ def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
     """The wrapped module."""
     holder, name = holder_of_inside(wrapper)
-    modules: Any = holder._modules
-    return modules[name]
+    return holder.get_submodule(name)
 
 
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
