@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.adapter import WHEN
-from ..core.arena import CACHE_LINE, Band, Span
+from ..core.arena import Band, Span, build_band
 from ..core.change import Change
 from ..core.errors import refused
 from ..core.host import Config
@@ -90,11 +90,8 @@ class RowRoom(Room):
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
         """A single band: a tail, which is row 0 of a larger memory."""
-        spans, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
-        for tensor, shape in tensors:
-            spans.append(RowSpan(tensor, pitch, tuple(shape)))
-            pitch += math.ceil(math.prod(shape) / line) * line
-        return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(spans))]
+        tail = build_band(0, tensors, like.to("meta"), RowSpan)
+        return [replace(tail, memory=like.new_zeros((cls.rows, len(tail.memory)))[0])]
 
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
