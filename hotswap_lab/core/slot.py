@@ -261,9 +261,6 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
 class Uncopied(dict[str, Any]):
     """A dict whose copies and pickles have its keys alone: a copied or saved model starts without the values."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
-        return type(self)(dict.fromkeys(self))
-
     def __reduce__(self) -> tuple[type, tuple[dict[str, None]]]:
         return type(self), (dict.fromkeys(self),)
 
