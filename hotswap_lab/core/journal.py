@@ -56,9 +56,7 @@ class Journal:
 
     def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
         """Set ``table[key] = value`` in many tables that have this key, and record how to undo it."""
-        old = []
-        for table in tables:
-            old.append(table[key])
+        old = [table[key] for table in tables]
         if old == values:
             return
 

@@ -169,9 +169,7 @@ class Room:
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
-        bases = []
-        for memory in self._memories:
-            bases.append(memory.data_ptr())
+        bases = list(map(torch.Tensor.data_ptr, self._memories))
         if bases != self._bases:
             self._bases, self._addresses = bases, [view.data_ptr() for view in self._views]
         return self._addresses

@@ -153,10 +153,7 @@ class Slot:
         return True
 
     def _addresses_now(self) -> list[int]:
-        addresses = []
-        for parameter in self.parameters:
-            addresses.append(parameter.data_ptr())
-        return addresses
+        return list(map(torch.Tensor.data_ptr, self.parameters))
 
     def _is_elsewhere_in_place(self) -> bool:
         # another module may have been put into the model, or a wrapper around a part that was compiled since
