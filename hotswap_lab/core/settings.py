@@ -96,8 +96,8 @@ OfLayers = Sequence[LayerSettings | None]
 SETTINGS = tuple(SimpleNamespace(name=each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
-#: and the settings that may differ between layers, by the field that says so
-PATTERNS = {each.pattern: each for each in SETTINGS if each.pattern}
+#: and the rules of the settings that may differ between layers, by the field that says so
+PATTERNS = {each.pattern: each.rule for each in SETTINGS if each.pattern}
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
@@ -128,10 +128,8 @@ CHOICES = {
     "fan_in_fan_out": Rule(is_flag, "true or false"),
     "init_lora_weights": Rule(lambda value: is_flag(value) or _is_init(value), "true, false or a name that PEFT knows"),
     **{
-        pattern: Rule(
-            partial(_is_pattern, is_value=each.rule.is_right), f"names of layers, each with {each.rule.expected}"
-        )
-        for pattern, each in PATTERNS.items()
+        pattern: Rule(partial(_is_pattern, is_value=rule.is_right), f"names of layers, each with {rule.expected}")
+        for pattern, rule in PATTERNS.items()
     },
 }
 #: the fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
