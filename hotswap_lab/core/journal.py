@@ -32,12 +32,11 @@ class Journal:
     {'a': 1, 'c': 3}
     """
 
-    #: what is left to undo
-    undo: list[Callable[[], object]] = field(default_factory=list)
+    steps: list[Callable[[], object]] = field(default_factory=list)
 
     def record(self, undo: Callable[[], object]) -> None:
         """Add an undo step. Call this *before* the change that ``undo`` takes back."""
-        self.undo.append(undo)
+        self.steps.append(undo)
 
     def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set ``table[key] = value`` and record how to undo it. Do nothing if the entry is that very object already."""
@@ -91,9 +90,9 @@ class Journal:
     def roll_back(self) -> None:
         """Undo everything, last step first. Ctrl-C waits until the model is whole."""
         with interrupts_held():
-            while self.undo:
-                self.undo[-1]()
-                self.undo.pop()
+            while self.steps:
+                self.steps[-1]()
+                self.steps.pop()
             torch.clear_autocast_cache()  # it may have casts of values that are gone again
 
 

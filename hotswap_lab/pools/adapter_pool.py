@@ -145,7 +145,7 @@ class AdapterPool:
                 self._tell = partial(tell, "swap", [self._room.slot])
                 tell("prepare", [self._room.slot])
             except BaseException:
-                if way_back.undo:
+                if way_back.steps:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
                 raise
 
