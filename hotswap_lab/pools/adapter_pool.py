@@ -25,7 +25,7 @@ from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
-from ..core.slot import Slot, begin_change, room_of, slot_for
+from ..core.slot import begin_change, room_of, slot_for
 from ..core.strength import check_strength
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
@@ -127,7 +127,13 @@ class AdapterPool:
         self._members = Members(hub, self._pack, max_bytes)
         self._told = partial(refusals_told, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
-        base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
+        slot = slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)
+        # adapters of another method, or with more extra state, can't be packed
+        if not slot.method.is_lora:
+            raise refused("pool_needs_lora", adapter_name=self.adapter_name, kind=kind_of(slot.config))
+        if fields := [each for each in slot.method.extra_state(slot.config) if each != "modules_to_save"]:
+            raise refused("pool_needs_lora_alone", adapter_name=self.adapter_name, fields=", ".join(fields))
+        base = slot.host.base
         with self._told(), locked(base, computing=True):
             way_back = Journal()
             try:
@@ -148,15 +154,6 @@ class AdapterPool:
                 if way_back.steps:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
                 raise
-
-    def _check_kind(self, slot: Slot) -> Slot:
-        """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
-        name, config = slot.adapter_name, slot.config
-        if not slot.method.is_lora:
-            raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if fields := [each for each in slot.method.extra_state(config) if each != "modules_to_save"]:
-            raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
-        return slot
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
