@@ -24,7 +24,7 @@ from .prepared import is_marked_off, is_off, new_scalings, own_rank
 from .settings import LayerSettings, OfLayers, settings_of
 from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
 from .telling import write_scalings, write_settings
-from .tensors import SlotTensor, is_shared, shared_as
+from .tensors import SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
@@ -173,11 +173,6 @@ class Room:
         if bases != self._bases:
             self._bases, self._addresses = bases, [view.data_ptr() for view in self._views]
         return self._addresses
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other processes may see what is written here."""
-        return any(is_shared(memory) for memory in self._memories)
 
     @property
     def is_touched(self) -> bool:

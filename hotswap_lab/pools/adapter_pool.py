@@ -27,6 +27,7 @@ from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
 from ..core.slot import begin_change, room_of, slot_for
 from ..core.strength import check_strength
+from ..core.tensors import is_shared
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, locked, put_back
@@ -507,7 +508,7 @@ class AdapterPool:
         """A block that puts adapters in, and at its end what was in the model before."""
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
-            if self._room.is_shared:
+            if any(is_shared(band.memory) for band in self._room.bands):  # other processes may see what is written
                 raise refused("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
