@@ -539,14 +539,6 @@ def test_reading_an_adapter_again_holds_nobody_up(model, folders, monkeypatch):
     assert computes(model, folders[dropped])
 
 
-def test_a_decorated_function_is_a_block_each_time(pool, folders):
-    @pool.using("new")
-    def answer() -> bool:
-        return computes(pool.model, folders["new"])
-
-    assert [answer(), answer(), pool.active] == [True, True, "old"]
-
-
 # ---- tasks of an event loop
 
 #: what another task of the thread must not do while one is inside of ``using``

@@ -48,12 +48,11 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 def plan_beyond(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    has_overwritten = bool(originals.get(slot.adapter_name))
     # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
     is_restored = plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name))
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
-    if has_overwritten or is_restored or has_more or slot.once_for(new, _needs_more):
+    if originals.get(slot.adapter_name) or is_restored or has_more or slot.once_for(new, _needs_more):
         return plan_with_fresh_load(plan)
     return None
 
@@ -145,7 +144,7 @@ def change_from_graft(plan: FreshPlan) -> Change:
     tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
     write_scalings(change, tables, slot.adapter_name, values)
     for parameter, source in graft.resizes:
-        change.resize(parameter, source)
+        change.resizes.append((parameter, source.to(parameter.device, parameter.dtype, copy=True).contiguous()))
     # cloned, since the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     written = [*graft.parameters, *(target for target, _ in graft.base.copies)]

@@ -104,27 +104,23 @@ def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
 # ---- the method
 
 
-def follow(slot: Slot, config: Config, journal: Journal) -> None:
-    """Note on a config what it leaves as it is, look after state dicts, and clear caches; for any method."""
-    # this swap leaves the base weights as they are
-    vars(config)[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
-    look_after(slot, config, journal)
-    forget_norms(slot, config, journal)
-
-
-def not_scaled(slot: Slot) -> str | None:
-    """Describe an adapter of any method that can't be scaled completely; None if it can."""
-    kept = kept_originals(slot.host.base, slot.adapter_name)
-    with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
-    return configs.not_scaled(slot.config) or with_base
-
-
 class Beyond(Method):
     """What is the same for LoRA and for all other methods."""
 
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
-    follow: ClassVar[Callable[..., Any]] = staticmethod(follow)
-    not_scaled: ClassVar[Callable[..., Any]] = staticmethod(not_scaled)
+
+    def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
+        """Note on a config what it leaves as it is, look after state dicts, and clear caches."""
+        # this swap leaves the base weights as they are
+        vars(config)[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
+        look_after(slot, config, journal)
+        forget_norms(slot, config, journal)
+
+    def not_scaled(self, slot: Slot) -> str | None:
+        """Describe an adapter that can't be scaled completely; None if it can."""
+        kept = kept_originals(slot.host.base, slot.adapter_name)
+        with_base = "an adapter that came with base weights of its own, which would stay" if kept else None
+        return configs.not_scaled(slot.config) or with_base
 
 
 class FullLora(Beyond, Lora):

@@ -44,9 +44,7 @@ def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter])
                     return change, [reason]
                 needed = max([tensor.capacity, target_rank or 0, *ranks])
                 if needed > tensor.capacity:
-                    change.resizes.append((tensor.parameter, tensor.padded(tensor.parameter.detach(), needed)))
-                    if tensor.size_attribute:
-                        change.sizes.append((tensor.owner, tensor.size_attribute, needed))
+                    tensor.resize(tensor.padded(tensor.parameter.detach(), needed), change)
     change.steps.append(functools.partial(_write_prepared, slot))
     return change, []
 

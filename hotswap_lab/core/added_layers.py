@@ -5,6 +5,7 @@ modules. The result is finished LoRA layers around the model's own base layers, 
 untouched.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
@@ -33,13 +34,10 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
     'lin'
     """
     path, separator, _ = key.rpartition(".lora_")
-    if not separator:
-        return None
-    try:
+    with contextlib.suppress(AttributeError):  # there is no such module
         base.get_submodule(path)
-    except AttributeError:
-        return None
-    return path
+        return path if separator else None
+    return None
 
 
 def build_added_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:

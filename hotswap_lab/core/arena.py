@@ -46,10 +46,6 @@ class Band:
     memory: torch.Tensor
     spans: tuple[Span, ...]
 
-    @property
-    def is_tail(self) -> bool:
-        return self.memory.dim() == 1
-
 
 def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
     """Bands of zeros for tensors of these shapes, the tail last, with the dtype and on the device of ``like``.
@@ -71,15 +67,17 @@ def build_arena(tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: tor
         axis = tensor.rank_axis
         rows = 0 if axis is None or tensor.rank_step > 1 else shape[axis]
         by_rows.setdefault(rows, []).append((tensor, shape))
-    return [_build_band(rows, members, like) for rows, members in sorted(by_rows.items(), reverse=True)]
+    return [build_band(rows, members, like) for rows, members in sorted(by_rows.items(), reverse=True)]
 
 
-def _build_band(rows: int, members: list[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> Band:
+def build_band(
+    rows: int, members: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor, kind: type[Span] = Span
+) -> Band:
     """A band of this many rows, or the tail if ``rows`` is 0."""
     line = max(CACHE_LINE // like.element_size(), 1)
     spans, pitch = [], 0
     for tensor, shape in members:
-        spans.append(Span(tensor, pitch, tuple(shape)))
+        spans.append(kind(tensor, pitch, tuple(shape)))
         pitch += math.ceil(math.prod(shape) / (max(rows, 1) * line)) * line
     # with an even number of lines, the rows of one tensor would compete for the same sets of the cache
     if rows and pitch // line % 2 == 0:

@@ -77,11 +77,6 @@ class Change:
         # a single zero, repeated without taking memory
         self.copies.append((target, target.new_zeros(()).expand(target.shape)))
 
-    def resize(self, parameter: torch.nn.Parameter, source: torch.Tensor) -> None:
-        """Give ``parameter`` new memory with the values and the shape of ``source``."""
-        fresh = source.to(parameter.device, parameter.dtype, copy=True)
-        self.resizes.append((parameter, fresh.contiguous()))
-
 
 def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Callable[[], object] | None = None) -> None:
     """Carry out changes of any number of models, all of them or none. No other thread may use the models meanwhile.

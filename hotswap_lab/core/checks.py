@@ -1,8 +1,8 @@
 """Passes for rare cases of plain LoRA: they check, note and correct what other passes have planned."""
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import lora
@@ -13,10 +13,9 @@ from .plan import Action, Plan
 from .slot import Slot
 
 #: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
-STORED = (torch.nn.Linear, Conv1D)
-CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+STORED = (nn.Linear, Conv1D)
 #: modules that PEFT puts LoRA on, including subclasses that have child modules
-ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *CONVOLUTIONS, torch.nn.MultiheadAttention)
+ADAPTABLE = (*STORED, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 def check_containers(plan: Plan) -> None:

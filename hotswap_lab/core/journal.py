@@ -32,16 +32,11 @@ class Journal:
     {'a': 1, 'c': 3}
     """
 
-    _undo: list[Callable[[], object]] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to undo."""
-        return not self._undo
+    steps: list[Callable[[], object]] = field(default_factory=list)
 
     def record(self, undo: Callable[[], object]) -> None:
         """Add an undo step. Call this *before* the change that ``undo`` takes back."""
-        self._undo.append(undo)
+        self.steps.append(undo)
 
     def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set ``table[key] = value`` and record how to undo it. Do nothing if the entry is that very object already."""
@@ -60,9 +55,7 @@ class Journal:
 
     def set_items(self, tables: Sequence[MutableMapping[Any, Any]], key: object, values: Sequence[object]) -> None:
         """Set ``table[key] = value`` in many tables that have this key, and record how to undo it."""
-        old = []
-        for table in tables:
-            old.append(table[key])
+        old = [table[key] for table in tables]
         if old == values:
             return
 
@@ -97,9 +90,9 @@ class Journal:
     def roll_back(self) -> None:
         """Undo everything, last step first. Ctrl-C waits until the model is whole."""
         with interrupts_held():
-            while self._undo:
-                self._undo[-1]()
-                self._undo.pop()
+            while self.steps:
+                self.steps[-1]()
+                self.steps.pop()
             torch.clear_autocast_cache()  # it may have casts of values that are gone again
 
 

@@ -97,11 +97,7 @@ def _obstacle_at(tensor: SlotTensor) -> str | None:
     is_plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
     if not is_plain and not tensor.is_shard:
         return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
-    if not parameter.is_contiguous() and _repeats_values(tensor.memory):
+    axes = zip(tensor.memory.shape, tensor.memory.stride(), strict=True)
+    if not parameter.is_contiguous() and any(size > 1 and stride == 0 for size, stride in axes):
         return f"an expanded {tensor.named_key}, whose values share memory"
     return None
-
-
-def _repeats_values(tensor: torch.Tensor) -> bool:
-    """Whether several elements share memory, as in an expanded tensor."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -27,12 +27,7 @@ from .wrappers import entries_under
 
 
 def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
-    """The tensors of a slot that overlap in memory, in groups, of LoRA with those of the layers' other adapters.
-
-    The spans of a room never do.
-    """
-    if slot.room is not None:
-        return []
+    """The tensors of a slot that overlap in memory, in groups, of LoRA with those of the layers' other adapters."""
     tensors, others = slot.tensors, slot.host.configs.keys() - {slot.adapter_name}
     if slot.method.is_lora:
         found = [slot.method.tensors_of(layer.module, name) for layer in slot.layers for name in others]

@@ -198,10 +198,7 @@ def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra: 
         change.steps.append(functools.partial(left.leave, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
     for tensor in memory.spans:
-        view = memory.view(tensor)
-        change.resizes.append((tensor.parameter, view))
-        if tensor.size_attribute:
-            change.sizes.append((tensor.owner, tensor.size_attribute, tensor.rank_of(view.shape)))
+        tensor.resize(memory.view(tensor), change)
     change.steps.append(functools.partial(_move_in, memory, list(capacity), reserved))
     change.last_steps.append(lambda journal: keep_slot(slot, memory.slot, journal))
     return change

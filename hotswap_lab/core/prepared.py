@@ -10,7 +10,8 @@ rank. So there are two marks: that an adapter is off, and that its rank is below
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Iterable
 from multiprocessing.context import get_spawning_popen
 from typing import Any, SupportsIndex
 
@@ -33,7 +34,7 @@ DROPOUTS = {"lora_dropout", "hira_dropout"}
 _ALayer: Any = object
 
 
-class ScalingTable(MutableMapping[str, Any]):
+class ScalingTable(UserDict[str, Any]):
     """``layer.scaling`` of a prepared layer, which stores the scaling of a prepared adapter in a buffer of the layer.
 
     Reading an entry gives ``buffer[0, 0]``, a 0-dimensional tensor, so that it doesn't change the precision of the
@@ -49,41 +50,32 @@ class ScalingTable(MutableMapping[str, Any]):
 
     def __init__(self, floats: dict[str, Any], buffers: dict[str, torch.Tensor | None]):
         #: the scalings of adapters that are not prepared; of prepared ones, only the names matter
-        self.floats = floats
+        self.data = floats
         #: the layer's own table of buffers, which compilers, exports and ``functional_call`` use
         self.buffers = buffers
 
-    def __getitem__(self, name: str) -> Any:
-        buffer = self.buffers.get(SCALING + name)
-        return self.floats[name] if buffer is None else buffer[0, 0]
+    def __getitem__(self, key: str) -> Any:
+        buffer = self.buffers.get(SCALING + key)
+        return self.data[key] if buffer is None else buffer[0, 0]
 
-    def __setitem__(self, name: str, value: float | torch.Tensor) -> None:
-        buffer = self.buffers.get(SCALING + name)
+    def __setitem__(self, key: str, item: float | torch.Tensor) -> None:
+        buffer = self.buffers.get(SCALING + key)
         if buffer is None:
-            self.floats[name] = value
-        elif isinstance(value, torch.Tensor):
+            self.data[key] = item
+        elif isinstance(item, torch.Tensor):
             # no float() here: diffusers scales inside of its forward, so this may run in a compiled graph
-            buffer[0, 0].copy_(value)
+            buffer[0, 0].copy_(item)
         else:
-            buffer.fill_(value)
+            buffer.fill_(item)
 
-    def __delitem__(self, name: str) -> None:
-        del self.floats[name]
-        self.buffers.pop(SCALING + name, None)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.floats
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.floats)
-
-    def __len__(self) -> int:
-        return len(self.floats)
+    def __delitem__(self, key: str) -> None:
+        del self.data[key]
+        self.buffers.pop(SCALING + key, None)
 
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def copy(self) -> dict[str, float]:
+    def copy(self) -> dict[str, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The current values as floats, which ``peft.helpers.rescale_adapter_scale`` puts back when it ends."""
         return {name: float(value) for name, value in self.items()}
 
@@ -172,7 +164,7 @@ class _Prepared(_ALayer):
         else:  # to a new process, which gets the same memory, as with any model
             self._check_sharing()
         if isinstance(table := state.get("scaling"), ScalingTable):
-            state["scaling"] = ScalingTable(table.floats, state["_buffers"])
+            state["scaling"] = ScalingTable(table.data, state["_buffers"])
         if of_room := state.pop(ROOM_ATTRIBUTE, None):  # a copy has none
             for name in of_room:
                 self.lora_variant[name].check_copying(name)

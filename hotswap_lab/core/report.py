@@ -60,10 +60,8 @@ def html_table(
     """
     cell = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.4)"
     head = "".join(f'<th scope="col" style="{cell}">{html.escape(str(name))}</th>' for name in header)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{cell}">{html.escape(str(value))}</td>' for value in row) + "</tr>"
-        for row in rows
-    )
+    lines = ["".join(f'<td style="{cell}">{html.escape(str(value))}</td>' for value in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     # in the color of the text, which any theme makes readable
     top, foot = (
         "".join(f'<pre style="margin:4px 0;white-space:pre-wrap{style}">{html.escape(note)}</pre>' for note in texts)

@@ -24,7 +24,7 @@ from .prepared import is_marked_off, is_off, new_scalings, own_rank
 from .settings import LayerSettings, OfLayers, settings_of
 from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
 from .telling import write_scalings, write_settings
-from .tensors import SlotTensor, is_shared, shared_as
+from .tensors import SlotTensor, shared_as
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
@@ -169,17 +169,10 @@ class Room:
 
     def _addresses_now(self) -> list[int]:
         """The addresses that the parameters must have: ``share_memory`` moves the memory, with all views of it."""
-        bases = []
-        for memory in self._memories:
-            bases.append(memory.data_ptr())
+        bases = list(map(torch.Tensor.data_ptr, self._memories))
         if bases != self._bases:
             self._bases, self._addresses = bases, [view.data_ptr() for view in self._views]
         return self._addresses
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other processes may see what is written here."""
-        return any(is_shared(memory) for memory in self._memories)
 
     @property
     def is_touched(self) -> bool:
@@ -227,9 +220,9 @@ class Room:
         rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
         filled, taken = [], []
         for band in self.bands:
-            ranks = [rank_of.get(span.tensor, 0) for span in band.spans]
-            filled.append(0 if band.is_tail else min(ranks))
-            taken.append(len(band.memory) if band.is_tail else max(ranks))
+            ranks, is_tail = [rank_of.get(span.tensor, 0) for span in band.spans], band.memory.dim() == 1
+            filled.append(0 if is_tail else min(ranks))
+            taken.append(len(band.memory) if is_tail else max(ranks))
         return filled, taken
 
     @property

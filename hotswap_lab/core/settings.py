@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft import PeftType
@@ -91,21 +92,12 @@ class LayerSettings:
 OfLayers = Sequence[LayerSettings | None]
 
 
-class Setting(NamedTuple):
-    """A setting of a layer: its name in :class:`LayerSettings`, and what was declared of it there."""
-
-    name: str
-    field: str
-    rule: Rule
-    pattern: str | None
-    table: str | None
-
-
-SETTINGS = tuple(Setting(each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
+#: each setting of a layer: its name in :class:`LayerSettings`, and what was declared of it there
+SETTINGS = tuple(SimpleNamespace(name=each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
-#: and the settings that may differ between layers, by the field that says so
-PATTERNS = {each.pattern: each for each in SETTINGS if each.pattern}
+#: and the rules of the settings that may differ between layers, by the field that says so
+PATTERNS = {each.pattern: each.rule for each in SETTINGS if each.pattern}
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
@@ -137,7 +129,7 @@ CHOICES = {
     "init_lora_weights": Rule(lambda value: is_flag(value) or _is_init(value), "true, false or a name that PEFT knows"),
     **{
         pattern: Rule(partial(_is_pattern, is_value=rule.is_right), f"names of layers, each with {rule.expected}")
-        for pattern, (_, _, rule, _, _) in PATTERNS.items()
+        for pattern, rule in PATTERNS.items()
     },
 }
 #: the fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them

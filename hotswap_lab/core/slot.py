@@ -153,10 +153,7 @@ class Slot:
         return True
 
     def _addresses_now(self) -> list[int]:
-        addresses = []
-        for parameter in self.parameters:
-            addresses.append(parameter.data_ptr())
-        return addresses
+        return list(map(torch.Tensor.data_ptr, self.parameters))
 
     def _is_elsewhere_in_place(self) -> bool:
         # another module may have been put into the model, or a wrapper around a part that was compiled since
@@ -260,9 +257,6 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
 
 class Uncopied(dict[str, Any]):
     """A dict whose copies and pickles have its keys alone: a copied or saved model starts without the values."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
-        return type(self)(dict.fromkeys(self))
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, None]]]:
         return type(self), (dict.fromkeys(self),)

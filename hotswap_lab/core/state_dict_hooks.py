@@ -21,8 +21,6 @@ from .prepared import is_marked_off, is_off, own_rank
 from .slot import SLOTS, Slot
 from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
 
-#: all methods that a model may have adapters of
-Methods = Sequence[Method]
 #: ends the first sentence of a warning
 DIFFERS = "so what is saved is not what the model computes"
 
@@ -48,12 +46,9 @@ def forget_hooks(module: torch.nn.Module) -> None:
                 del hooks[number]
 
 
-#: a tensor of an adapter that may be padded, or whose layer is off: its name in a state dict, its layer, the adapter's
-#: name, the tensor, whether the layer is off, and a warning or None
-Marked = tuple[str, Any, str, SlotTensor, bool, str | None]
-
-
-def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Marked]:
+def _marked(methods: Sequence[Method], base: torch.nn.Module, prefix: str) -> Iterator[tuple]:
+    """The tensors of adapters that may be padded, or whose layer is off, each with its name in a state dict before it,
+    its layer and the adapter's name, and after it whether the layer is off, and a warning or None."""
     for path, layer in base.named_modules(remove_duplicate=False):
         names = {*layer.__dict__.get(OFF_ATTRIBUTE, ()), *layer.__dict__.get(PREPARED_ATTRIBUTE, ())}
         for name in sorted(names):
@@ -66,7 +61,7 @@ def _marked(methods: Methods, base: torch.nn.Module, prefix: str) -> Iterator[Ma
                     yield f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason
 
 
-def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+def _show_own(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
     kept = base.__dict__.get(SLOTS, {}).items()
     if names := [name for name, slot in kept if slot and slot.room and slot.room.assigned]:
         text = "may have different adapters, which are not what is saved: swap to one first"
@@ -89,7 +84,7 @@ def _show_own(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix:
         state_dict[key] = value
 
 
-def _fill_up(methods: Methods, base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+def _fill_up(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
     marked = list(_marked(methods, base, prefix))
     for key, layer, name, tensor, off, _reason in marked:  # all of them, before the first is written
         if (value := state_dict.get(key)) is None or not is_prepared(layer, name):

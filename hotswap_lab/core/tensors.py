@@ -68,14 +68,18 @@ class SlotTensor:
                 change.copy(parameter, source)
         elif not fixed_size:
             # always a copy: a model that shared memory with the caller's state dict would change with it
-            change.resize(parameter, source.detach())
-            change.tables.append(self.owner._parameters)
-            if self.size_attribute:
-                change.sizes.append((self.owner, self.size_attribute, self.rank_of(source.shape)))
+            self.resize(source.detach().to(parameter.device, parameter.dtype, copy=True).contiguous(), change)
         else:
             rank = self.rank_of(source.shape)
             change.copy(self.own(parameter, rank), self.split(source))
             change.zero(self.padding(parameter, rank))
+
+    def resize(self, fresh: torch.Tensor, change: Change) -> None:
+        """Have ``change`` give the parameter new memory, for another rank."""
+        change.resizes.append((self.owner._parameters[self.name], fresh))
+        change.tables.append(self.owner._parameters)
+        if self.size_attribute:
+            change.sizes.append((self.owner, self.size_attribute, self.rank_of(fresh.shape)))
 
     def off_value(self) -> torch.Tensor:
         """The value of the parameter where the adapter is turned off."""

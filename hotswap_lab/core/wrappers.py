@@ -50,8 +50,7 @@ def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
     """The wrapped module."""
     holder, name = holder_of_inside(wrapper)
-    modules: Any = holder._modules
-    return modules[name]
+    return holder.get_submodule(name)
 
 
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
@@ -194,6 +193,5 @@ def have_same_form(first: Any, second: Any) -> bool:
         one, other = first.__dict__[table], second.__dict__[table]
         if one.keys() != other.keys() or any((one[key] is None) != (other[key] is None) for key in one):
             return False
-    return all(
-        have_same_form(first._modules[name], child) for name, child in second._modules.items() if child is not None
-    )
+    children = [(first._modules[name], child) for name, child in second._modules.items() if child is not None]
+    return all(have_same_form(*each) for each in children)

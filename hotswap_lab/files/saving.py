@@ -33,9 +33,18 @@ _exchanging = threading.Lock()
 
 
 def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """The config and the tensors to save; refuses an adapter that would not be the one in the model."""
-    config, tensors = saved_config(slot), saved_tensors(slot, embeddings=True)
+    """The config and the tensors that ``PeftModel.save_pretrained`` would write after a fresh load.
+
+    Refuses an adapter that would not be the one in the model.
+    """
+    config, tensors = copy.deepcopy(slot.config), saved_tensors(slot, embeddings=True)
     check_saved(slot, tensors)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        base_class = type(slot.host.base)
+        config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     return config, tensors
 
 
@@ -55,19 +64,7 @@ def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
         raise refused("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
 
 
-# ---- the config and tensors that PEFT would write
-
-
-def saved_config(slot: Slot) -> PeftConfig:
-    """The adapter's config as ``PeftModel.save_pretrained`` would write it."""
-    config = copy.deepcopy(slot.config)
-    config.inference_mode = True
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
-    if config.task_type is None:
-        base_class = type(slot.host.base)
-        config.auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    return config
+# ---- the tensors that PEFT would write
 
 
 def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:

@@ -43,12 +43,7 @@ def hotswap_adapter_from_state_dict(*arguments: Any, **keywords: Any) -> None:
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same as an object of its own: undoing a patch replaces it, but not what users import from this package."""
-
-    @functools.wraps(function)
-    def ours(*arguments: Any, **keywords: Any) -> Any:
-        return function(*arguments, **keywords)
-
-    return ours
+    return functools.update_wrapper(functools.partial(function), function)
 
 
 #: the functions that replace those of ``peft.utils.hotswap``, and the replaced ones

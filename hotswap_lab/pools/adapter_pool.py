@@ -25,8 +25,9 @@ from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
 from ..core.room import Packed, Room, State
-from ..core.slot import Slot, begin_change, room_of, slot_for
+from ..core.slot import begin_change, room_of, slot_for
 from ..core.strength import check_strength
+from ..core.tensors import is_shared
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, locked, put_back
@@ -132,7 +133,13 @@ class AdapterPool:
         self._members = Members(hub, self._pack, max_bytes)
         self._told = partial(refusals_told, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
-        base = self._check_kind(slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)).host.base
+        slot = slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)
+        # adapters of another method, or with more extra state, can't be packed
+        if not slot.method.is_lora:
+            raise refused("pool_needs_lora", adapter_name=self.adapter_name, kind=kind_of(slot.config))
+        if fields := [each for each in slot.method.extra_state(slot.config) if each != "modules_to_save"]:
+            raise refused("pool_needs_lora_alone", adapter_name=self.adapter_name, fields=", ".join(fields))
+        base = slot.host.base
         with self._told(), locked(base, computing=True):
             way_back = Journal()
             try:
@@ -150,18 +157,9 @@ class AdapterPool:
                 self._tell = partial(tell, "swap", [self._room.slot])
                 tell("prepare", [self._room.slot])
             except BaseException:
-                if not way_back.is_empty:
+                if way_back.steps:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
                 raise
-
-    def _check_kind(self, slot: Slot) -> Slot:
-        """Refuse a slot whose adapters can't be packed: of another method, or with extra state that is not packed."""
-        name, config = slot.adapter_name, slot.config
-        if not slot.method.is_lora:
-            raise refused("pool_needs_lora", adapter_name=name, kind=kind_of(config))
-        if fields := [each for each in slot.method.extra_state(config) if each != "modules_to_save"]:
-            raise refused("pool_needs_lora_alone", adapter_name=name, fields=", ".join(fields))
-        return slot
 
     def _fill(self, adapters: Iterable[tuple[str, object]], progress: bool) -> None:
         is_known = False
@@ -516,9 +514,8 @@ class AdapterPool:
         """A block that puts adapters in, and at its end what was in the model before."""
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
-            if self._room.is_shared:
-                with self._told():
-                    raise refused("block_in_shared_memory")
+            if any(is_shared(band.memory) for band in self._room.bands):  # other processes may see what is written
+                raise refused("block_in_shared_memory")
             self._check_room()
             former = snapshot(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(former)))

@@ -24,12 +24,6 @@ PART = -1
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
 
 
-def _put_back(tables: Sequence[dict[int, Any]], former: Sequence[dict[int, Any]]) -> None:
-    for table, items in zip(tables, former, strict=True):
-        table.clear()
-        table.update(items)
-
-
 class Batch:
     """The division of a model's batch into rows.
 
@@ -51,9 +45,8 @@ class Batch:
         #: whether the assigned rows differ, and the numbers of the layers on which one of them has an adapter
         self.differs: bool = False
         self.acting: frozenset[int] = frozenset()
-        #: the modules at which a model is called, and the ids of the hooks there
+        #: the modules at which a model is called, which have the hooks
         self.entries: list[torch.nn.Module] = []
-        self.hooks: list[tuple[int, int]] = []
         #: the table of modules with the first layer, and its name there
         self.place: tuple[dict[str, Any], str] = {}, ""
         #: the layers that were proven, for each entry and kind of input
@@ -95,21 +88,19 @@ class Batch:
         tables = [module._modules for module in slot.modules]
         first = slot.layers[0].module
         self.place = next((table, name) for table in tables for name, child in table.items() if child is first)
+        journal.record(lambda: self.unwatch(Journal()))
         for number, entry in enumerate(entries):
             enter, leave = functools.partial(self._enter, number), functools.partial(self._leave, number)
-            tables = [getattr(entry, name) for name in HOOKS]
-            journal.record(functools.partial(_put_back, tables, [dict(each) for each in tables]))
-            before = entry.register_forward_pre_hook(enter, with_kwargs=True)
-            after = entry.register_forward_hook(leave, always_call=True)
-            self.hooks.append((before.id, after.id))
+            entry.register_forward_pre_hook(enter, with_kwargs=True)
+            entry.register_forward_hook(leave, always_call=True)
 
     def unwatch(self, journal: Journal) -> None:
         """Remove the hooks."""
-        for entry, (before, after) in zip(self.entries, self.hooks, strict=True):
-            for table in (entry._forward_pre_hooks, entry._forward_pre_hooks_with_kwargs):
-                journal.remove(table, before)
-            for table in (entry._forward_hooks, entry._forward_hooks_always_called):
-                journal.remove(table, after)
+        for entry in self.entries:
+            hooks = entry._forward_pre_hooks | entry._forward_hooks
+            own = [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._enter, self._leave)]
+            for name in HOOKS:
+                journal.remove(getattr(entry, name), *own)
 
     def _enter(self, number: int, entry: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():

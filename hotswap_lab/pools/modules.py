@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -15,29 +15,20 @@ from ..core.slot import Slot
 from ..core.tensors import SlotTensor
 
 
-class _Buffer(SlotTensor):
-    """A buffer of a saved module, such as a BatchNorm's running mean."""
-
-    @property
-    def parameter(self) -> Any:
-        return self.owner._buffers[self.name]
-
-    def shape_for(self, rank: int | None) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
-
-
 def module_tensors(slot: Slot) -> list[SlotTensor]:
     """The tensors of the whole modules that an adapter has: their parameters, and the buffers that are saved."""
     tensors: list[SlotTensor] = []
     for path, module in modules_in(slot.host.base):
         if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
             whole = module.modules_to_save[slot.adapter_name]
-            for kind, named in ((SlotTensor, whole.named_parameters()), (_Buffer, whole.named_buffers())):
+            for table, named in (("_parameters", whole.named_parameters()), ("_buffers", whole.named_buffers())):
                 for key, _ in named:
                     owner_path, _, name = key.rpartition(".")
                     owner = whole.get_submodule(owner_path)
                     if name not in owner._non_persistent_buffers_set:  # those are in no file
-                        tensors.append(kind(f"{path}.{key}", key, owner, name, rank_axis=None))
+                        # a buffer, such as a BatchNorm's running mean, is written like a parameter
+                        owner = SimpleNamespace(_parameters=getattr(owner, table))
+                        tensors.append(SlotTensor(f"{path}.{key}", key, owner, name))
     return tensors
 
 

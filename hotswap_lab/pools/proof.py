@@ -22,6 +22,7 @@ import torch
 from .. import compat
 from ..beyond.guards import random_numbers_kept, state_kept
 from ..core.errors import listing, refused
+from ..core.wrappers import embeddings_of
 
 #: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -228,9 +229,7 @@ def _most_tokens(value: object, total: int) -> int:
 @contextlib.contextmanager
 def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
     """Add noise to the output of the token embedding, so that rows with the same tokens differ."""
-    embedding: Any = None
-    with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-        embedding = getattr(base, "get_input_embeddings")()  # noqa: B009
+    embedding: Any = next(iter(embeddings_of(base)), None)
     if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
         yield
         return

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.adapter import WHEN
-from ..core.arena import CACHE_LINE, Band, Span
+from ..core.arena import Band, Span, build_band
 from ..core.change import Change
 from ..core.errors import refused
 from ..core.host import Config
@@ -90,11 +90,8 @@ class RowRoom(Room):
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
         """A single band: a tail, which is row 0 of a larger memory."""
-        spans, pitch, line = [], 0, max(CACHE_LINE // like.element_size(), 1)
-        for tensor, shape in tensors:
-            spans.append(RowSpan(tensor, pitch, tuple(shape)))
-            pitch += math.ceil(math.prod(shape) / line) * line
-        return [Band(like.new_zeros((cls.rows, pitch))[0], tuple(spans))]
+        tail = build_band(0, tensors, like.to("meta"), RowSpan)
+        return [replace(tail, memory=like.new_zeros((cls.rows, len(tail.memory)))[0])]
 
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
@@ -246,13 +243,13 @@ class RowRoom(Room):
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
         states = [row.state for row in rows if row is not None]
         acting = sum(((each.scalings != 0) for each in states), torch.zeros(len(self.slot.layers), dtype=torch.bool))
-        differs = any(not _are_the_same(row, rows[0]) for row in rows)
+        contents = {row and (id(row.bands), *row.scalings[:, 0].tolist()) for row in rows}
 
         def note(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
             journal.set_item(vars(self.slot.config), WHEN, time.time())
             journal.set_attribute(self.batch, "copies", copies)
-            journal.set_attribute(self.batch, "differs", differs)
+            journal.set_attribute(self.batch, "differs", len(contents) > 1)
             journal.set_attribute(self.batch, "acting", frozenset(acting.nonzero().flatten().tolist()))
 
         change.steps.append(note)
@@ -262,12 +259,6 @@ class RowRoom(Room):
 def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
     """The whole of a larger memory, given the first of its ``times`` parts, which :class:`RowRoom` allocated."""
     return first.as_strided((times, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
-
-
-def _are_the_same(one: Packed | None, other: Packed | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.bands is other.bands and torch.equal(one.scalings, other.scalings)
 
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -218,7 +218,7 @@ def _pay(turn: Turn) -> None:
 
 
 @dataclass(eq=False, repr=False)
-class Block(contextlib.ContextDecorator, Generic[T]):
+class Block(Generic[T]):
     """A block with its own adapter: ``with`` in a thread; ``async with`` in a task, which lets other tasks go on.
 
     Parameters
@@ -230,7 +230,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     slow:
         What should be done before ``begin``, in other threads, so that an event loop goes on.
     told:
-        A block that logs the refusal it ends with: around a wait that was refused.
+        A block that logs the refusal it ends with: around all that the beginning of this one does.
     """
 
     base: torch.nn.Module
@@ -239,9 +239,6 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     slow: Callable[[], Iterable[Callable[[], object]]]
     told: Callable[[], AbstractContextManager]
     _entry: Entry | None = field(default=None, init=False)
-
-    def _recreate_cm(self) -> Block[T]:
-        return replace(self)
 
     def _begun(self, awaits: bool = False) -> Entry:
         if self._entry is not None:
@@ -252,15 +249,12 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     def __enter__(self) -> T:
         entry = self._begun()
         try:
-            try:
+            with self.told():
                 entry.enter()
-            except HotswapError:
-                with self.told():
-                    raise
-            if entry.turn.owed:
-                with _taken([entry.turn], SWAP):  # which puts it back first
-                    pass
-            return self.begin(entry.back)
+                if entry.turn.owed:
+                    with _taken([entry.turn], SWAP):  # which puts it back first
+                        pass
+                return self.begin(entry.back)
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -297,16 +291,13 @@ class Block(contextlib.ContextDecorator, Generic[T]):
         writing = Entry(entry.turn, WRITE, awaits=True)
         with _taken([], entries=[writing]):
             try:
-                try:
+                with self.told():
                     await entry.enter_awaiting()
                     for each in self.slow():
                         await asyncio.to_thread(each)
                     await writing.enter_awaiting()
-                except HotswapError:
-                    with self.told():
-                        raise
-                put_all_back(entry.turn.owed)
-                return self.begin(entry.back)  # which has nothing to wait for
+                    put_all_back(entry.turn.owed)
+                    return self.begin(entry.back)  # which has nothing to wait for
             except BaseException as error:
                 self.__exit__(type(error), error)
                 raise

@@ -54,7 +54,7 @@ def test_killed_while_saving(models, expected, tmp_path, unit):
             files = [kept or each for kept, each in zip(files_in(old), files, strict=True)]
         found.append(files)
 
-    write = functools.partial(saving.save, target, saving.saved_config(slot), saving.saved_tensors(slot))
+    write = functools.partial(saving.save, target, *saving.files_of(slot))
     watch_steps(write, unit, look)  # from where all is decided
     assert all(each in expected for each in found)
     assert found[0] == expected[0]
