@@ -5,16 +5,13 @@ On the command line::
     python -m hotswap_lab.bench
     python -m hotswap_lab.bench --model tiny --rank 4 --n 5
     python -m hotswap_lab.bench --rank 64 --rows --json bench.json
-    python -m hotswap_lab.bench --cold
 
 The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
 other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
 are checked first against ``PeftModel.from_pretrained`` of both. The last line of each part of the table is what the
 others are compared with: a plain copy of the same bytes, for example.
 
-``--rows`` adds batches in which each row has its own adapter. ``--cold`` measures how long a new process takes to its
-first answer instead, with the embedded model. Its files are in the system's cache by then, so this is a cold start of
-the process, not of the machine.
+``--rows`` adds batches in which each row has its own adapter.
 """
 
 from __future__ import annotations
@@ -26,9 +23,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,13 +41,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import demo
-from .ahead import aoti_compile, aoti_load
 from .core.report import readable_bytes, wrapped
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
 from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
-from .watch import RecompileWatch, pick_backend
+from .watch import pick_backend
 
 # an own copy of PEFT's module, whose functions call one another also while ``patch_peft`` has replaced PEFT's
 _SPEC: Any = find_spec("peft.utils.hotswap")
@@ -469,82 +462,6 @@ def measure_rows(scene: Scene, rank: int) -> list[Measured]:
     return found + scene.measure(f"rank {rank}: assigning {ROWS} adapters, {readable_bytes(pool.nbytes)}", ways)
 
 
-# --- cold starts -----------------------------------------------------------------------------------------------------
-
-EAGER, EMPTY, SAVED = "eager", "torch.compile, empty cache", "torch.compile, cache from a file"
-COPIED, AHEAD = "torch.compile, cache folder copied", "ahead of time, no compiler"
-#: the ways to start a process. The one with an empty cache saves what the others start from: the cache as a file, which
-#: lacks machine code, so that a compiler runs after loading it; the cache folder; the model compiled ahead of time
-STARTS = (EAGER, EMPTY, SAVED, COPIED, AHEAD)
-CACHE, FOLDER, PACKAGE = "cache.bin", "cache", "demo.pt2"
-#: how many answers a process gives, with a swap before each
-ANSWERS = 100
-#: the code that a process runs
-CODE = "import sys; from hotswap_lab import bench; bench.start(*sys.argv[1:])"
-
-
-def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Measured]:
-    """Measure how long a process takes to its first answer: in each round, start each way once, in a new process."""
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in STARTS}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, way in itertools.product(range(rounds), STARTS):
-            say(f"{way}: start {number + 1} of {rounds}")
-            results[way].append(in_process(way, folder))
-    return [start_row(way, each) for way, each in results.items()]
-
-
-def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Measured:
-    """Make one line of the table from the results of one way's processes. Its state and note are those of the worst."""
-    worst = min(results, key=lambda each: ("refused", "wrong", "right").index(each["state"]))
-    timing = None if worst["state"] == "refused" else Timing.of([each["first"] for each in results])
-    return Measured("from the start of a process to its first answer", way, worst["state"], timing, worst["note"])
-
-
-def in_process(way: str, folder: str) -> dict[str, Any]:
-    """Run :func:`start` in a new process, with an empty folder as the compiler's cache. Returns what it prints."""
-    with tempfile.TemporaryDirectory() as cache:
-        variables = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TORCHINDUCTOR_CACHE_DIR": cache}
-        if way == AHEAD:
-            variables |= {"PATH": "", "CC": "", "CXX": ""}  # where PyTorch looks for a compiler
-        command = [sys.executable, "-c", CODE, way, folder, str(time.time())]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        *_, error = done.stderr.splitlines() or [f"the process ended with status {done.returncode}"]
-        return {"state": "refused", "note": error}
-    return json.loads(done.stdout.splitlines()[-1])  # libraries may print, too
-
-
-def start(way: str, folder: str, launched: str) -> None:
-    """Answer a hundred times, then compare all answers with fresh loads. Prints seconds since the launch as JSON."""
-    since, cache = float(launched), os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    imports, names = time.time() - since, demo.adapter_names()
-    model, tokenizer = demo.load(names[-1])  # the last one, so that the first swap changes the adapter
-    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in names}, progress=False)
-    inputs = {**tokenizer("hotswap>", return_tensors="pt"), "use_cache": False}
-    if way == SAVED:
-        torch.compiler.load_cache_artifacts(Path(folder, CACHE).read_bytes())
-    if way == COPIED:
-        shutil.copytree(Path(folder, FOLDER), cache, dirs_exist_ok=True)
-    if way != EAGER:
-        model = aoti_load(Path(folder, PACKAGE), pool) if way == AHEAD else torch.compile(model)
-    logits, seconds = [], []
-    with RecompileWatch() as watch, torch.no_grad():
-        for name in itertools.islice(itertools.cycle(names), ANSWERS):
-            pool.swap(name)
-            logits.append(model(**inputs).logits.clone())
-            seconds.append(time.time() - since)
-        fresh = itertools.cycle([demo.load(name)[0](**inputs).logits for name in names])
-    # another adapter changes some of the logits by more than 1
-    right = all(torch.allclose(*pair, rtol=0, atol=1e-3) for pair in zip(logits, fresh, strict=False))
-    if way == EMPTY and not Path(folder, PACKAGE).exists():
-        saved = torch.compiler.save_cache_artifacts()  # None where the caches are off
-        Path(folder, CACHE).write_bytes(saved[0] if saved else b"")
-        shutil.copytree(cache, Path(folder, FOLDER))
-        aoti_compile(pool, Path(folder, PACKAGE), kwargs=inputs, progress=False)
-    note = f"imports {imports:.1f} s, answer {ANSWERS} after {seconds[-1]:.1f} s, {watch.recompiles} recompiles"
-    print(json.dumps({"first": seconds[0], "state": "right" if right else "wrong", "note": note}))
-
-
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
@@ -601,17 +518,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--threads", type=int, default=default.threads, help="threads that torch may use")
     add("--n", type=int, default=default.n, help="timed calls of each way")
     add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
-    add("--cold", type=int, nargs="?", const=3, default=0, metavar="ROUNDS", help="only: cold starts, 3 rounds")
     add("--json", metavar="FILE", help="write everything there, times in seconds")
     options = vars(parser.parse_args(arguments))
-    cold, file = options.pop("cold"), options.pop("json")
-    settings, say = Settings(**options), functools.partial(print, file=sys.stderr, flush=True)
-    if cold:
-        torch.set_num_threads(settings.threads)
-        settings = Settings("demo", threads=settings.threads, n=cold)  # what is measured, not what was asked for
-        report = Report(machine(), settings, measure_starts(cold, say))
-    else:
-        report = run(settings, say)
+    file, say = options.pop("json"), functools.partial(print, file=sys.stderr, flush=True)
+    report = run(Settings(**options), say)
     print(wrapped(report))
     if file:
         Path(file).write_text(report.to_json() + "\n", encoding="utf-8")
