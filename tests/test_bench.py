@@ -142,27 +142,6 @@ def test_half_precision_stays_half_precision(dtype, size):
     assert rows[0].part.startswith(f"rank 2: 14 tensors, {size} kB per adapter")
 
 
-# ---- rows
-
-
-@pytest.mark.parametrize("rotated", [True, long(False)])
-def test_rows_that_are_wrong_are_said(monkeypatch, rotated):
-    """All is right; unless the pool gives the rows the adapters of their neighbors."""
-    assign = bench.AdapterPool.assign
-    if rotated:
-        monkeypatch.setattr(bench.AdapterPool, "assign", lambda pool, names: assign(pool, [*names[1:], *names[:1]]))
-        monkeypatch.setattr(torch, "compile", lambda model, backend: model)
-    monkeypatch.setattr(bench, "pick_backend", lambda: "eager")
-    rows = run(Settings(**SMALL, rows=True)).rows[len(WAYS) :]
-    ours = ["hotswap_lab, rows, eager", "PEFT adapter_names, eager", "one adapter for all, eager"]
-    assert [row.way for row in rows] == [*ours, *ours, "hotswap_lab, assign", MEMCPY]
-    for row in rows:
-        assert (row.state == "wrong") == (rotated and "hotswap_lab" in row.way), row
-        assert row.timing.n == 1
-    for row, tokens in zip(rows[::3], (1, 32), strict=False):
-        assert row.part.endswith(f": forward of 8 rows with 8 adapters, {tokens} tokens each")
-
-
 # ---- README's picture, its table, and chapter 05's
 
 
