@@ -4,17 +4,12 @@ On the command line::
 
     python -m hotswap_lab.bench
     python -m hotswap_lab.bench --model tiny --rank 4 --n 5
-    python -m hotswap_lab.bench --rank 64 --rows --json bench.json
-    python -m hotswap_lab.bench --cold
+    python -m hotswap_lab.bench --rank 64 --json bench.json
 
 The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
 other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
 are checked first against ``PeftModel.from_pretrained`` of both. The last line of each part of the table is what the
 others are compared with: a plain copy of the same bytes, for example.
-
-``--rows`` adds batches in which each row has its own adapter. ``--cold`` measures how long a new process takes to its
-first answer instead, with the embedded model. Its files are in the system's cache by then, so this is a cold start of
-the process, not of the machine.
 """
 
 from __future__ import annotations
@@ -26,9 +21,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,13 +39,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import demo
-from .ahead import aoti_compile, aoti_load
 from .core.report import readable_bytes, wrapped
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
 from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
-from .watch import RecompileWatch, pick_backend
 
 # an own copy of PEFT's module, whose functions call one another also while ``patch_peft`` has replaced PEFT's
 _SPEC: Any = find_spec("peft.utils.hotswap")
@@ -145,8 +135,6 @@ class Settings:
         How many threads torch may use.
     n:
         Timed calls of each way.
-    rows:
-        Whether to time batches in which each row has its own adapter, too. This discards everything compiled before.
     """
 
     model: str = "smollm2"
@@ -156,7 +144,6 @@ class Settings:
     device: str = "cpu"
     threads: int = 2
     n: int = 25
-    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,6 +267,7 @@ class Scene:
 
     Examples
     --------
+    >>> from hotswap_lab import demo
     >>> settings = Settings(model="demo")
     >>> scene = Scene(demo.load_base(), settings, [demo.adapter_path(name) for name in ("reverse", "sort")])
     >>> scene.is_close(scene.outputs(scene.load(1)), scene.expected[1])
@@ -293,12 +281,9 @@ class Scene:
         self.adapters: list[Adapter] = [Adapter.load(folder) for folder in folders]
         # adapters of a half-precision model stay in half precision
         self.options: dict[str, Any] = dict(torch_device=settings.device, autocast_adapter_dtype=False)
-        self.inputs: torch.Tensor = self.make_inputs(1, 16)
+        #: token ids
+        self.inputs: torch.Tensor = torch.arange(16, device=base.device)[None] * 7 % base.config.vocab_size
         self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in (0, 1)]
-
-    def make_inputs(self, rows: int, tokens: int) -> torch.Tensor:
-        """Token ids of shape ``(rows, tokens)``, the same every time."""
-        return torch.arange(rows * tokens, device=self.base.device).view(rows, tokens) * 7 % self.base.config.vocab_size
 
     def load(self, number: int = 0) -> PeftModel:
         """A fresh load of an adapter by PEFT alone. It shares the base's weights, which no way of swapping changes."""
@@ -312,37 +297,23 @@ class Scene:
         prepare_model_for_compiled_hotswap(model, adapters=self.folders)
         return model
 
-    def pool(self, names: Sequence[str] = "01", **options: Any) -> AdapterPool:
-        """A pool on a model of its own; a name is the number of a folder, counted round and round."""
-        adapters = {name: self.folders[int(name) % len(self.folders)] for name in names}
-        return AdapterPool(self.load(), adapters=adapters, progress=False, **options)
-
-    def named(self, names: Sequence[str]) -> PeftModel:
-        """The first adapter as ``"default"``, and next to it, by PEFT alone, those of :meth:`pool`."""
-        model = self.load()
-        for name in names:
-            model.load_adapter(self.folders[int(name) % len(self.folders)], name, **self.options)
-        return model
+    def pool(self) -> AdapterPool:
+        """A pool on a model of its own; an adapter's name is its number."""
+        return AdapterPool(self.load(), adapters=dict(zip("01", self.folders, strict=True)), progress=False)
 
     @torch.no_grad()
-    def outputs(self, model: Callable[..., Any], inputs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """The model's logits for the given inputs, or for the scene's own."""
-        return model(input_ids=self.inputs if inputs is None else inputs, use_cache=False, **options).logits
+    def outputs(self, model: Callable[..., Any]) -> torch.Tensor:
+        """The model's logits."""
+        return model(input_ids=self.inputs, use_cache=False).logits
 
     def is_close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         """Whether two outputs differ by rounding at most."""
         tolerance = TOLERANCE[self.settings.dtype] * expected.abs().max().item()
         return torch.allclose(found, expected, rtol=0, atol=tolerance)
 
-    def way(self, model: torch.nn.Module, swap: Callable, inputs: Any = None, expected: Sequence[Any] = ()) -> Way:
-        """A way of swapping in ``model``, checked by its outputs for the given inputs, or for the scene's own."""
-        expected = expected or self.expected
-        return Way(swap, lambda number: self.is_close(self.outputs(model, inputs), expected[number]), model)
-
-    def calling(self, expected: torch.Tensor, *model_and_inputs: Any, **options: Any) -> Way:
-        """A way that only calls a model, and is checked by its outputs."""
-        call = functools.partial(self.outputs, *model_and_inputs, **options)
-        return Way(lambda _: call(), lambda _: self.is_close(call(), expected))
+    def way(self, model: torch.nn.Module, swap: Callable) -> Way:
+        """A way of swapping in ``model``, checked by its outputs."""
+        return Way(swap, lambda number: self.is_close(self.outputs(model), self.expected[number]), model)
 
     def copying(self, nbytes: int) -> Way:
         """A plain copy of as many bytes to the model's device: a lower limit for every way."""
@@ -407,7 +378,9 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
         return scene.way(model, swap)
 
     def in_memory() -> Way:
-        model = scene.named("1234567")
+        model = scene.load()
+        for number in range(1, 8):
+            model.load_adapter(scene.folders[number % 2], str(number), **scene.options)
         return scene.way(model, lambda number: model.set_adapter(str(number or "default")))
 
     def from_source(model: PeftModel, swap: Callable, sources: Sequence = scene.folders, **options: object) -> Way:
@@ -437,114 +410,6 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
     }
 
 
-# --- a batch in which each row has its own adapter -------------------------------------------------------------------
-
-#: the number of rows and of adapters, and the tokens in each row: 1 as while generating, and a short prompt
-ROWS, TOKENS = 8, (1, 32)
-
-
-def measure_rows(scene: Scene, rank: int) -> list[Measured]:
-    """Time forward calls with eight adapters in a batch, and assigning another adapter to all eight rows."""
-    names = [str(number) for number in range(ROWS)]
-    pool, named = scene.pool(names, rows=ROWS), scene.named(names)
-    backend = pick_backend()
-    found, expected = [], []
-    for tokens in TOKENS:
-        inputs = scene.make_inputs(ROWS, tokens)
-        fresh = [scene.outputs(scene.load(number), inputs) for number in (0, 1)]
-        # by the number of the first row's adapter
-        expected = [torch.stack([fresh[(row + first) % 2][row] for row in range(ROWS)]) for first in (0, 1)]
-        torch.compiler.reset()
-        one, rows = (torch.compile(model, backend=backend) for model in (scene.prepared(), pool.model))
-        pool.assign(names)
-        ways = {
-            f"hotswap_lab, rows, {backend}": scene.calling(expected[0], rows, inputs),
-            "PEFT adapter_names, eager": scene.calling(expected[0], named, inputs, adapter_names=names),
-            f"one adapter for all, {backend}": scene.calling(fresh[0], one, inputs),
-        }
-        found += scene.measure(f"rank {rank}: forward of {ROWS} rows with {ROWS} adapters, {tokens} tokens each", ways)
-        torch.compiler.reset()
-    assigning = scene.way(pool.model, lambda number: pool.assign(names[number:] + names[:number]), inputs, expected)
-    ways = {"hotswap_lab, assign": assigning, MEMCPY: scene.copying(pool.nbytes)}
-    return found + scene.measure(f"rank {rank}: assigning {ROWS} adapters, {readable_bytes(pool.nbytes)}", ways)
-
-
-# --- cold starts -----------------------------------------------------------------------------------------------------
-
-EAGER, EMPTY, SAVED = "eager", "torch.compile, empty cache", "torch.compile, cache from a file"
-COPIED, AHEAD = "torch.compile, cache folder copied", "ahead of time, no compiler"
-#: the ways to start a process. The one with an empty cache saves what the others start from: the cache as a file, which
-#: lacks machine code, so that a compiler runs after loading it; the cache folder; the model compiled ahead of time
-STARTS = (EAGER, EMPTY, SAVED, COPIED, AHEAD)
-CACHE, FOLDER, PACKAGE = "cache.bin", "cache", "demo.pt2"
-#: how many answers a process gives, with a swap before each
-ANSWERS = 100
-#: the code that a process runs
-CODE = "import sys; from hotswap_lab import bench; bench.start(*sys.argv[1:])"
-
-
-def measure_starts(rounds: int, say: Callable[[str], object] = lambda text: None) -> list[Measured]:
-    """Measure how long a process takes to its first answer: in each round, start each way once, in a new process."""
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in STARTS}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, way in itertools.product(range(rounds), STARTS):
-            say(f"{way}: start {number + 1} of {rounds}")
-            results[way].append(in_process(way, folder))
-    return [start_row(way, each) for way, each in results.items()]
-
-
-def start_row(way: str, results: Sequence[Mapping[str, Any]]) -> Measured:
-    """Make one line of the table from the results of one way's processes. Its state and note are those of the worst."""
-    worst = min(results, key=lambda each: ("refused", "wrong", "right").index(each["state"]))
-    timing = None if worst["state"] == "refused" else Timing.of([each["first"] for each in results])
-    return Measured("from the start of a process to its first answer", way, worst["state"], timing, worst["note"])
-
-
-def in_process(way: str, folder: str) -> dict[str, Any]:
-    """Run :func:`start` in a new process, with an empty folder as the compiler's cache. Returns what it prints."""
-    with tempfile.TemporaryDirectory() as cache:
-        variables = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TORCHINDUCTOR_CACHE_DIR": cache}
-        if way == AHEAD:
-            variables |= {"PATH": "", "CC": "", "CXX": ""}  # where PyTorch looks for a compiler
-        command = [sys.executable, "-c", CODE, way, folder, str(time.time())]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        *_, error = done.stderr.splitlines() or [f"the process ended with status {done.returncode}"]
-        return {"state": "refused", "note": error}
-    return json.loads(done.stdout.splitlines()[-1])  # libraries may print, too
-
-
-def start(way: str, folder: str, launched: str) -> None:
-    """Answer a hundred times, then compare all answers with fresh loads. Prints seconds since the launch as JSON."""
-    since, cache = float(launched), os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    imports, names = time.time() - since, demo.adapter_names()
-    model, tokenizer = demo.load(names[-1])  # the last one, so that the first swap changes the adapter
-    pool = AdapterPool(model, adapters={name: demo.adapter_path(name) for name in names}, progress=False)
-    inputs = {**tokenizer("hotswap>", return_tensors="pt"), "use_cache": False}
-    if way == SAVED:
-        torch.compiler.load_cache_artifacts(Path(folder, CACHE).read_bytes())
-    if way == COPIED:
-        shutil.copytree(Path(folder, FOLDER), cache, dirs_exist_ok=True)
-    if way != EAGER:
-        model = aoti_load(Path(folder, PACKAGE), pool) if way == AHEAD else torch.compile(model)
-    logits, seconds = [], []
-    with RecompileWatch() as watch, torch.no_grad():
-        for name in itertools.islice(itertools.cycle(names), ANSWERS):
-            pool.swap(name)
-            logits.append(model(**inputs).logits.clone())
-            seconds.append(time.time() - since)
-        fresh = itertools.cycle([demo.load(name)[0](**inputs).logits for name in names])
-    # another adapter changes some of the logits by more than 1
-    right = all(torch.allclose(*pair, rtol=0, atol=1e-3) for pair in zip(logits, fresh, strict=False))
-    if way == EMPTY and not Path(folder, PACKAGE).exists():
-        saved = torch.compiler.save_cache_artifacts()  # None where the caches are off
-        Path(folder, CACHE).write_bytes(saved[0] if saved else b"")
-        shutil.copytree(cache, Path(folder, FOLDER))
-        aoti_compile(pool, Path(folder, PACKAGE), kwargs=inputs, progress=False)
-    note = f"imports {imports:.1f} s, answer {ANSWERS} after {seconds[-1]:.1f} s, {watch.recompiles} recompiles"
-    print(json.dumps({"first": seconds[0], "state": "right" if right else "wrong", "note": note}))
-
-
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
@@ -554,7 +419,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
     Parameters
     ----------
     settings:
-        Shape, ranks, dtype, device, repeats and what else to measure.
+        Shape, ranks, dtype, device and repeats.
     say:
         Called with a line of text at each step.
 
@@ -581,7 +446,6 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
                 first, packed = scene.adapters[0], readable_bytes(scene.pool().nbytes // 2)
                 sizes = f"{len(first.tensors)} tensors, {readable_bytes(first.nbytes)} per adapter, {packed} packed"
                 rows += scene.measure(f"rank {rank}: {sizes}", {name: make() for name, make in ways_of(scene).items()})
-                rows += measure_rows(scene, rank) if settings.rows else []
         share = (waited_for_a_core() - waited) / (time.perf_counter() - began)
         waiting = f"waited for a core that another program had: {share:.1%} of the time; above 2%, measure again"
         return Report(machine(), settings, rows, waiting)
@@ -600,18 +464,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", default=default.device, help="where the model is")
     add("--threads", type=int, default=default.threads, help="threads that torch may use")
     add("--n", type=int, default=default.n, help="timed calls of each way")
-    add("--rows", action="store_true", help="also: a batch with another adapter in each row; assigning its rows")
-    add("--cold", type=int, nargs="?", const=3, default=0, metavar="ROUNDS", help="only: cold starts, 3 rounds")
     add("--json", metavar="FILE", help="write everything there, times in seconds")
     options = vars(parser.parse_args(arguments))
-    cold, file = options.pop("cold"), options.pop("json")
-    settings, say = Settings(**options), functools.partial(print, file=sys.stderr, flush=True)
-    if cold:
-        torch.set_num_threads(settings.threads)
-        settings = Settings("demo", threads=settings.threads, n=cold)  # what is measured, not what was asked for
-        report = Report(machine(), settings, measure_starts(cold, say))
-    else:
-        report = run(settings, say)
+    file, say = options.pop("json"), functools.partial(print, file=sys.stderr, flush=True)
+    report = run(Settings(**options), say)
     print(wrapped(report))
     if file:
         Path(file).write_text(report.to_json() + "\n", encoding="utf-8")

@@ -155,28 +155,22 @@ class Reader(torch.nn.Module):
         """Compiles a step. Nothing is built before the first one."""
         self.compiled = dict.fromkeys((self.chunk, 1), torch.compile(self.step, backend=backend, dynamic=False))
 
-    def compile_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
-        """Compiles both shapes ahead of time, to a file each (:func:`hotswap_lab.aoti_compile`)."""
-        from .ahead import aoti_compile  # here, so that all else works without that folder
+    def use_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
+        """Computes with both shapes as they were compiled ahead of time, to a file each in a folder.
 
+        A file that is not there is made first (:func:`hotswap_lab.aoti_compile`).
+        """
+        from .ahead import aoti_compile, aoti_load  # here, so that all else works without that folder
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for width in (self.chunk, 1):
-            # tokens that differ, since the code is proven on them
-            ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
-            inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
-            aoti_compile(self, self._file(folder, width), kwargs=inputs, progress=progress)
-
-    def load_ahead(self, folder: str | os.PathLike[str]) -> None:
-        """Uses the files of :meth:`compile_ahead`, of this process or another (:func:`hotswap_lab.aoti_load`)."""
-        from .ahead import aoti_load
-
-        self.compiled = {width: aoti_load(self._file(folder, width), self) for width in (self.chunk, 1)}
-
-    def is_compiled_in(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether both files of :meth:`compile_ahead` are in a folder."""
-        return all(self._file(folder, width).exists() for width in (self.chunk, 1))
-
-    def _file(self, folder: str | os.PathLike[str], width: int) -> Path:
-        return Path(folder) / ("token.pt2" if width == 1 else "chunk.pt2")
+            file = Path(folder, "token.pt2" if width == 1 else "chunk.pt2")
+            if not file.exists():
+                # tokens that differ, since the code is proven on them
+                ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
+                inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
+                aoti_compile(self, file, kwargs=inputs, progress=progress)
+            self.compiled[width] = aoti_load(file, self)
 
     def forget(self, row: int) -> None:
         """Empties one row. Its keys and values are erased, since NaN among them would reach tokens that don't look."""

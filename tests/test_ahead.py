@@ -250,10 +250,9 @@ def test_reading_in_rows(tmp_path):
 
     (pool, compiled), (_, plain), (_, other) = reader(), reader(), reader(rms_norm_eps=0.1)
     with not_compiled():
-        compiled.compile_ahead(tmp_path, progress=False)
-        compiled.load_ahead(tmp_path)
+        compiled.use_ahead(tmp_path / "new", progress=False)
         assert not any(each.any() for name, each in compiled.named_buffers() if "keys_" in name)
-        refused("config.rms_norm_eps = 0.1", lambda _: other.load_ahead(tmp_path), other)
+        refused("config.rms_norm_eps = 0.1", lambda _: other.use_ahead(tmp_path / "new"), other)
     parts = [[number + 1] * (1 + number) for number in range(3)]
     for _ in range(4):
         expected = plain.read(parts)

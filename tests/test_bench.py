@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import shutil
-import subprocess
 import time
-from types import SimpleNamespace
 
 import first
 import nbformat
@@ -16,7 +13,7 @@ import pytest
 import torch
 from lengths import long
 
-from hotswap_lab import bench, demo
+from hotswap_lab import bench
 from hotswap_lab.bench import (
     MEMCPY,
     Measured,
@@ -143,73 +140,6 @@ def test_half_precision_stays_half_precision(dtype, size):
     rows = run(Settings(**SMALL, dtype=dtype)).rows
     assert {row.state for row in rows} == {"right"}
     assert rows[0].part.startswith(f"rank 2: 14 tensors, {size} kB per adapter")
-
-
-# ---- rows
-
-
-@pytest.mark.parametrize("rotated", [True, long(False)])
-def test_rows_that_are_wrong_are_said(monkeypatch, rotated):
-    """All is right; unless the pool gives the rows the adapters of their neighbors."""
-    assign = bench.AdapterPool.assign
-    if rotated:
-        monkeypatch.setattr(bench.AdapterPool, "assign", lambda pool, names: assign(pool, [*names[1:], *names[:1]]))
-        monkeypatch.setattr(torch, "compile", lambda model, backend: model)
-    monkeypatch.setattr(bench, "pick_backend", lambda: "eager")
-    rows = run(Settings(**SMALL, rows=True)).rows[len(WAYS) :]
-    ours = ["hotswap_lab, rows, eager", "PEFT adapter_names, eager", "one adapter for all, eager"]
-    assert [row.way for row in rows] == [*ours, *ours, "hotswap_lab, assign", MEMCPY]
-    for row in rows:
-        assert (row.state == "wrong") == (rotated and "hotswap_lab" in row.way), row
-        assert row.timing.n == 1
-    for row, tokens in zip(rows[::3], (1, 32), strict=False):
-        assert row.part.endswith(f": forward of 8 rows with 8 adapters, {tokens} tokens each")
-
-
-# ---- cold starts
-
-
-def test_a_cold_start_in_this_process_can_be_right_and_wrong(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "ANSWERS", len(demo.adapter_names()))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    swap = bench.AdapterPool.swap
-    for leaves_out, state in (("", "right"), ("sort", "wrong")):
-        monkeypatch.setattr(
-            bench.AdapterPool, "swap", lambda pool, name, out=leaves_out: name == out or swap(pool, name)
-        )
-        bench.start(bench.EAGER, str(tmp_path), str(time.time()))
-        found = json.loads(capsys.readouterr().out)
-        assert (found["state"], found["first"] > 0) == (state, True)
-
-
-def test_a_row_of_cold_starts_is_that_of_the_worst_process_and_says_why_one_failed(monkeypatch):
-    fast, slow = dict(first=9.0, state="right", note="imports 8.0 s"), dict(first=11.0, state="wrong", note="oh")
-    row = bench.start_row(bench.EAGER, [fast, slow])
-    assert (row.state, row.timing, row.note) == ("wrong", Timing(10.0, 9.0, 2), "oh")
-    tried: list = []
-    result = SimpleNamespace(returncode=0, stdout='a line\n{"state": "right"}\n', stderr="")
-    monkeypatch.setattr(subprocess, "run", lambda command, env, **_: tried.append((command[3], env)) or result)
-    monkeypatch.setenv("CXX", "g++")
-    assert bench.in_process(bench.EAGER, "") == {"state": "right"}
-    result.returncode, result.stderr = 1, "Traceback\nNo compiler"
-    rows = bench.measure_starts(rounds=1)
-    assert [(row.way, row.state, row.note) for row in rows] == [(way, "refused", "No compiler") for way in bench.STARTS]
-    assert [way for way, _ in tried[1:]] == [*bench.STARTS]
-    assert len({env["TORCHINDUCTOR_CACHE_DIR"] for _, env in tried}) == len(tried)
-    assert not tried[-1][1]["CXX"]
-    assert shutil.which("g++", path=tried[-1][1]["PATH"]) is None
-    result.returncode, result.stderr = -9, ""
-    assert bench.in_process(bench.EAGER, "")["note"] == "the process ended with status -9"
-
-
-@pytest.mark.long
-def test_cold_starts(capsys):
-    """Every way in processes of their own, as a user runs it."""
-    assert main(["--cold", "1", "--threads", "1"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "model='demo'" in said
-    for way, row in zip(bench.STARTS, said.partition(" x last line ")[2].split(" 0 recompiles"), strict=False):
-        assert row.strip().startswith(f"{way} ")
 
 
 # ---- README's picture, its table, and chapter 05's

@@ -189,8 +189,7 @@ class Bound:
         if form != self.input_form:
             raise refused("ahead_inputs", found=form, expected=self.input_form)
         self._check(leaves, given)
-        run = self.code.loader.boxed_run if hasattr(self.code.loader, "boxed_run") else self.code.loader.run
-        outputs = run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
+        outputs = self.code.loader.boxed_run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
         return compat.tree_unflatten(outputs, self.output_form)
 
     def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,10 +185,7 @@ class Replica:
             _log.warning("Rows can't come and go in this model (%s): it answers one request at a time.", reason)
             return None
         if options.package:
-            if not reader.is_compiled_in(options.package):
-                Path(options.package).mkdir(parents=True, exist_ok=True)
-                reader.compile_ahead(options.package)
-            reader.load_ahead(options.package)
+            reader.use_ahead(options.package)
         elif options.compile:
             reader.compile("inductor")
         return reader

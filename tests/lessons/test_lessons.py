@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hotswap_lab import Adapter, AdapterPool, demo, verify_hotswap
-from hotswap_lab.lessons import beyond, pools, project
+from hotswap_lab.lessons import ahead, beyond, pools, project
 
 # --- 04
 
@@ -32,6 +40,49 @@ def test_random_adapters_leave_the_random_numbers_of_others_alone():
     beyond.load(beyond.PAIRS["LoHa"].old)
     beyond.adapter(beyond.PAIRS["VeRA"].new)
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- 10
+
+
+def test_a_cold_start_in_this_process_can_be_right_and_wrong(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    ahead.start(ahead.EAGER, str(tmp_path), str(time.time()))
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["imports"] < found["first"]
+    swap = AdapterPool.swap
+    monkeypatch.setattr(AdapterPool, "swap", lambda pool, name: name == "sort" or swap(pool, name))
+    with pytest.raises(ValueError, match="another answer than a fresh load of sort"):
+        ahead.start(ahead.EAGER, str(tmp_path), str(time.time()))
+
+
+def test_each_cold_start_is_a_process_with_its_own_cache_and_says_why_it_failed(monkeypatch):
+    tried: list = []
+    result = SimpleNamespace(returncode=0, stdout='a line\n{"first": 9.0}\n', stderr="")
+
+    def run(command, env, **_):
+        tried.append((command[3], os.listdir(env["TORCHINDUCTOR_CACHE_DIR"]), env))
+        Path(env["TORCHINDUCTOR_CACHE_DIR"], command[3]).touch()
+        return result
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CXX", "g++")
+    starts = ahead.measure_starts()
+    assert starts == {way: {"first": 9.0} for way, *_ in tried}
+    assert {way: cached for way, cached, _ in tried if cached} == {ahead.COPIED: [ahead.EMPTY]}
+    *_, (way, _, env) = tried
+    assert (way, env["CXX"], shutil.which("g++", path=env["PATH"])) == (ahead.AHEAD, "", None)
+    result.returncode, result.stderr = 1, "Traceback\nNo compiler"
+    with pytest.raises(RuntimeError, match=r"^eager: its process ended with status 1: Traceback\nNo compiler$"):
+        ahead.measure_starts()
+
+
+@pytest.mark.long
+def test_cold_starts():
+    """Every way in a process of its own, as the chapter runs it."""
+    starts = ahead.measure_starts()
+    assert len(starts) == 5
+    assert all(0 < each["imports"] < each["first"] for each in starts.values())
 
 
 # --- the last project: its rubric says yes to the solution, which nbval runs, and no to what isn't right
