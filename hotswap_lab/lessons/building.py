@@ -76,8 +76,11 @@ def in_new_process(chapter: str, code: str) -> None:
     """Run code in a new process that can import your file, up to a chapter's part, and print what it prints.
 
     >>> in_new_process("01b", "import my_hotswap; print(my_hotswap.NAME)")
+    of the solution, not of yours: 01, 01b
     default
     """
+    if lent := [name for name in parts_up_to(chapter, {}) if name and name not in parts_of_yours()]:
+        print(f"of the solution, not of yours: {', '.join(lent)}")
     with tempfile.TemporaryDirectory() as place:
         Path(place, MINE.name).write_text(as_file(chapter, {}))
         code = f"import sys; sys.path[:0] = {[place, *sys.path]}\n{code}"
@@ -212,6 +215,7 @@ def part_01b(text):
         before, places = tensors_of(live), addresses(live)
         writes = mini.plan(live, mini.read(FOLDERS[name]))
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
+        yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
         mini.write(writes)
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses", addresses(live) == places, True
@@ -286,7 +290,9 @@ def part_04(text):
     """Pool: a swap is one copy."""
     mini = built("04", text)
     model, family = with_sort(mini)
+    dtypes = [each.dtype for each in model.parameters()]
     pool = mini.Pool(model, family)
+    yield "the dtypes of the parameters stay", [each.dtype for each in model.parameters()] == dtypes, True
     yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, pool.swap)
     most = max(calls(pool.swap, name) for name in FOLDERS)
@@ -318,6 +324,15 @@ def part_08(text):
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
     yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
+    # a layer with a bias, and texts of one token, as while generating
+    torch.manual_seed(0)
+    biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
+    layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
+    layer.assign(1, a, b * torch.inf, 1.0)
+    layer.assign(1, a[:1], b[:, :1], 0.5)
+    expected = biased(token)
+    expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T
+    yield "a bias, one token, and infinity before", *first_difference({"y": layer(token)}, {"y": expected})
     few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))
     yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)
 
