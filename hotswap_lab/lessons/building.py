@@ -215,10 +215,10 @@ def part_01b(text):
         before, places = tensors_of(live), addresses(live)
         writes = mini.plan(live, mini.read(FOLDERS[name]))
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
-        yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
         mini.write(writes)
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses", addresses(live) == places, True
+        yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
     last = max(new)
     more = new | {"model.lm_head": new[last]}
