@@ -24,10 +24,11 @@ UNDECIDED: dict[str, Any] = {"ok": NoneType, "needs": list[str]}
 REFUSED: dict[str, Any] = {"ok": Literal[False], "error": str, "refusals": list[Refusal]}
 WRONG_USE: dict[str, Any] = {"ok": Literal[False], "error": str}
 TOLD = create_model("Told", answer=(str, ...), rows=(list[Measured], ...))
+DAMAGED = create_model("Damaged", name=(str, ...), error=(str, ...))
 #: the documents of each command, besides the last two above, which any command may print
 DOCUMENTS: dict[str, list[dict[str, Any]]] = {
     "tour": [{"ok": bool, "adapters": dict[str, TOLD]}],
-    "show": [{"ok": bool, "adapters": list[Summary], "damaged": list[str]}],
+    "show": [{"ok": bool, "adapters": list[Summary], "damaged": list[DAMAGED]}],
     "plan": [
         {"ok": bool, "layers": dict[str, int], "nbytes": int, "notes": list[str], "refusals": list[Refusal]},
         UNDECIDED,

@@ -16,6 +16,7 @@ decided, as a plan that needs the base's weights.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -26,14 +27,13 @@ from typing import Any
 
 from .core.errors import HotswapError, advise, listing, refused
 from .core.report import text_table, wrapped
+from .files import ADVICE
 
 # each command imports what else it needs, since torch, transformers and PEFT take two seconds
 
-#: the advice of a refusal, and what it is in a terminal, of files/advice.txt; a plan has no values to add layers with
+#: a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
-LINES: list[str] = (Path(__file__).parent / "files" / "advice.txt").read_text("utf-8").splitlines()
-IN_COMMANDS: dict[str, str] = {python: command.strip() for python, command in (each.split(" ->") for each in LINES)}
-IN_PLAN: dict[str, str] = IN_COMMANDS | {ADD: "plan B A instead, with the most layers first; or `verify --add-layers`"}
+IN_PLAN: dict[str, str] = ADVICE | {ADD: "use `verify --add-layers`; or plan B A instead, if B has the most layers"}
 #: the end of a text that doesn't show all refusals
 MORE: re.Pattern[str] = re.compile("in the `refusals` of this (error|plan)")
 
@@ -60,9 +60,9 @@ def show(adapter: str) -> Told:
         except HotswapError as error:
             if not inside:
                 raise
-            damaged.append(str(error))
+            damaged.append({"name": Path(each).name, "error": str(error)})
             rows.append((Path(each).name, "damaged: see below", *"-----"))
-    text = "\n".join([*text_table(rows[0], rows[1:]), *map(wrapped, damaged)])
+    text = "\n".join([*text_table(rows[0], rows[1:]), *(wrapped(each["error"]) for each in damaged)])
     return Told(text, ok=not damaged, adapters=[vars(each) for each in told], damaged=damaged)
 
 
@@ -233,11 +233,10 @@ def unused(folder: str) -> str:
 
 def weighted(text: str) -> tuple[str, float]:
     adapter, _, weight = text.rpartition(":")
-    try:
-        number = float(weight)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5") from None
-    return path(adapter), number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(weight)):
+            return path(adapter), number
+    raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5")
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -314,7 +313,7 @@ def _main(given: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:  # a HotswapError is a ValueError
-        advised = advise(error, IN_COMMANDS) if isinstance(error, HotswapError) else error
+        advised = advise(error, ADVICE) if isinstance(error, HotswapError) else error
         if as_json:
             reasons = [vars(each) for each in getattr(advised, "refusals", ())]
             print(_as_json({"ok": False, "error": str(advised), "refusals": reasons}))

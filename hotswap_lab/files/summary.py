@@ -81,13 +81,14 @@ def _summary(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...
     _check("base_model_name_or_path", base, isinstance(base, (str, NoneType)))
     _check("peft_type", method, isinstance(method, str))
     _check("alpha_pattern", pattern, isinstance(pattern, (dict, NoneType)))
-    alphas = [config.get("lora_alpha"), config.get("alpha"), *(pattern or {}).values()]
-    for each in (alphas := [each for each in alphas if each is not None]):
+    alphas = {key: config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None}
+    alphas |= {f"alpha_pattern.{key}": each for key, each in (pattern or {}).items()}
+    for key, each in alphas.items():
         # JSON has any number of digits, and Python also reads NaN and Infinity
-        _check("alpha", each, isinstance(each, (int, float)) and abs(each) <= sys.float_info.max)
+        _check(key, each, isinstance(each, (int, float)) and abs(each) <= sys.float_info.max)
     name = Path(name).name if Path(name).is_dir() else name
     method = str(getattr(method, "value", method))
-    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas})), len(layers), base, nbytes)
+    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas.values()})), len(layers), base, nbytes)
 
 
 def _check(name: str, value: object, is_right: bool) -> None:

@@ -185,7 +185,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     @api.exception_handler(AnyHTTPException)
     async def answer_error(call: Call, error: Any) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            wrong = [f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors()]
+            wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
             if isinstance(error.body, bytes):  # FastAPI parses the body only if its header says what it is
                 wrong = [f"content-type: {call.headers.get('content-type')}, where application/json is expected"]
             error = refused("bad_fields", found="; ".join(wrong))

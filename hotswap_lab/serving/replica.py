@@ -16,6 +16,7 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from ..core.errors import HotswapError, Refusal, advise, first_line, refusal, refused
+from ..files import ADVICE
 from ..generating import Reader
 from ..pools.adapter_pool import AdapterPool
 from ..swap import prepare_model_for_compiled_hotswap
@@ -29,7 +30,10 @@ GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
 #: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS = {"make the pool with this adapter among its `adapters`": "start the server with it, or layers=all-linear"}
+IN_SERVERS: dict[str, str] = ADVICE | {
+    "make the pool with this adapter among its `adapters`": "start the server with it, or layers=all-linear",
+    "prepare one model for each kind, or swap between them in a model that is not prepared": "start another server",
+}
 #: the end of a version's key
 DIGEST = re.compile("@[0-9a-f]{64}")
 
