@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ def refused(match: str | None, action: Callable, *arguments: object, **named: ob
     """Calls ``action`` twice: it must be refused in these words, both times in the same ones.
 
     All models, pools, plans and folders are left as they were: those that are given to it, and those it belongs to.
+    So are the filters of all loggers.
     """
     function = getattr(action, "__func__", action)
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
@@ -29,12 +31,19 @@ def refused(match: str | None, action: Callable, *arguments: object, **named: ob
         for model in {id(each): each for each in models}.values():
             stack.enter_context(untouched(getattr(model, "_orig_mod", model)))
         stack.enter_context(_kept(paths))
+        filters = _filters()
         for _ in range(2):
             with pytest.raises(HotswapError, match=match) as caught:
                 action(*arguments, **named)
             texts.append(str(caught.value))
+        assert _filters() == filters
     assert texts[1] == texts[0], "refused in other words the second time"
     return caught.value
+
+
+def _filters() -> dict[str, list]:
+    loggers = logging.root.manager.loggerDict.items()
+    return {name: [*each.filters] for name, each in loggers if getattr(each, "filters", None)}
 
 
 @contextlib.contextmanager

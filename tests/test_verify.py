@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from html import unescape
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, KINDS, Embedded, load, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from refusals import refused
 
 from hotswap_lab import (
@@ -117,6 +118,20 @@ def test_no(model, new, part):
     assert red_tiles(verdict.figure()) == red
     assert words in svg
     assert max(map(len, re.findall(r"<text[^>]*>([^<]*)<", unescape(svg)))) <= 64, "it is cut off at the right"
+
+
+def test_a_layer_whose_name_begins_like_anothers(tmp_path):
+    def two() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(OrderedDict(l1=torch.nn.Linear(8, 8), l10=torch.nn.Linear(8, 8)))
+
+    config = LoraConfig(r=4, target_modules=["l1", "l10"], init_lora_weights=False)
+    get_peft_model(two(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(two(), tmp_path)
+    model.get_base_model().l10.lora_A["default"].weight.data.add_(1)
+    verdict = verify_hotswap(model, tmp_path, inputs=(torch.ones(2, 8),))
+    assert not verdict
+    assert [(path, share > 0) for path, share, *_ in verdict.layers] == [("l1", False), ("l10", True)]
 
 
 def test_verdicts_next_to_each_other(model, new):

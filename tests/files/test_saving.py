@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters import save_random_adapter_of
 from models import ARCHITECTURES, KINDS, load, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, config_of
+from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, assert_same_tensors, config_of, files_in
 from peft import (
     AdaptionPromptConfig,
     LNTuningConfig,
@@ -25,7 +25,13 @@ from peft import (
 from refusals import refused
 from safetensors.torch import load_file
 
-from hotswap_lab import hotswap_adapter, resolve_slot, save_adapter, verify_hotswap
+from hotswap_lab import (
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    resolve_slot,
+    save_adapter,
+    verify_hotswap,
+)
 from hotswap_lab.files import saving as saving_module
 
 LLAMA, MLP = KINDS["llama"], KINDS["linear"]
@@ -214,3 +220,28 @@ def test_a_file_in_place_of_the_folder(tmp_path, inner):
     error = refused("can't be saved to", save_adapter, load(MLP, folder), file / inner)
     assert f"the file {file}" in str(error)
     assert file.read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    (folder,) = save_family(MLP, tmp_path / "made", dict(r=4))
+    (tmp_path / "there").mkdir()
+
+    def fails(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(saving_module, "save_file", fails)
+    before = files_in(tmp_path)
+    for path in ("adapter", "runs/one/adapter", "there/adapter"):
+        with pytest.raises(OSError, match="no space"):
+            save_adapter(load(MLP, folder), tmp_path / path)
+        assert_same(files_in(tmp_path), before)
+
+
+@pytest.mark.parametrize("table", ["lora_A", "lora_B"])
+def test_what_is_written_to_the_padding_is_not_lost_in_silence(tmp_path, table):
+    (folder,) = save_family(MLP, tmp_path / "made", dict(r=4))
+    model = load(MLP, folder)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    weight = getattr(resolve_slot(model, "default").layers[1].module, table)["default"].weight.data
+    (weight if table == "lora_A" else weight.T)[6] = 1
+    refused(f"{table}.* is not zero|{table}", save_adapter, model, tmp_path / "saved")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import UserDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,13 @@ from hotswap_lab import (
     HotswapError,
     RecompileWatch,
     hotswap_adapter,
+    in_use,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
     set_strength,
     verify_hotswap,
+    waiting_at_most,
 )
 
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
@@ -485,6 +488,31 @@ def test_what_is_in_the_model_is_known_as_in_use(sources, name):
     with torch.no_grad():
         trainable(model)[0].add_(1)
     assert pool.active is None
+
+
+def test_after_a_write_by_other_code_a_swap_is_known_again(model, pool):
+    """Twice: what was noted of the first write is forgotten."""
+    for name in ("a", "c"):
+        with torch.no_grad():
+            lora_layers(model)[0].lora_A["default"].weight.mul_(2)
+        assert pool.active is None
+        pool.swap(name)
+        assert pool.active == name
+
+
+def test_an_update_of_an_adapter_that_is_not_in_use_waits_for_nobody(pool, sources):
+    adapter = Adapter.load(sources["b"])
+    pool.swap("a")
+    with ThreadPoolExecutor(1) as other, in_use(pool.model):
+        other.submit(lambda: update_now(pool, "c", adapter)).result(60)
+        with pytest.raises(HotswapError, match="in use"):
+            other.submit(lambda: update_now(pool, "a", adapter)).result(60)
+    assert (pool.version("a"), pool.version("c")) == (1, 2)
+
+
+def update_now(pool: AdapterPool, name: str, adapter: Adapter) -> None:
+    with waiting_at_most(0):
+        pool.update(name, adapter)
 
 
 def test_of_two_adapters_that_come_under_one_name_the_first_stays(model, pool, sources, monkeypatch):
