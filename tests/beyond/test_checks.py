@@ -42,6 +42,7 @@ def adapter_for(base: str | None, folder: Path, seed: int) -> str:
     ("old", "new", "noted", "warned"),
     [
         ("team/base", "team/other", 1, 1),  # once there, and not on the way back
+        ("team/base", "another/base", 1, 1),  # of one name, and not of one model
         ("team/base", "team/base", 0, 0),
         ("team/base", None, 0, 0),
         (None, "team/base", 0, 0),

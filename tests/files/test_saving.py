@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,15 +19,19 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftMixedModel,
+    PeftModel,
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
+    get_peft_model,
 )
+from peft.utils import get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
 
 from hotswap_lab import (
     hotswap_adapter,
+    hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
     resolve_slot,
     save_adapter,
@@ -245,3 +250,22 @@ def test_what_is_written_to_the_padding_is_not_lost_in_silence(tmp_path, table):
     weight = getattr(resolve_slot(model, "default").layers[1].module, table)["default"].weight.data
     (weight if table == "lora_A" else weight.T)[6] = 1
     refused(f"{table}.* is not zero|{table}", save_adapter, model, tmp_path / "saved")
+
+
+def test_a_path_that_is_the_end_of_another(tmp_path):
+    """PEFT takes a name for the end of a path, so the one layer that is on has to be named as a whole."""
+
+    def model_with(adapter: Callable) -> torch.nn.Module:
+        torch.manual_seed(0)
+        inner = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})
+        return adapter(torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8), "block": inner}))
+
+    config = LoraConfig(r=4, target_modules=["a"], init_lora_weights=False)
+    model = model_with(lambda base: get_peft_model(base, config))
+    outer = {key: each.clone() for key, each in get_peft_model_state_dict(model).items() if "block" not in key}
+    hotswap_adapter_from_state_dict(model, outer, "default", LoraConfig(r=4, target_modules=["a"]))
+    save_adapter(model, tmp_path)
+    fresh = model_with(lambda base: PeftModel.from_pretrained(base, tmp_path))
+    assert [key for key in get_peft_model_state_dict(fresh) if "lora_A" in key] == [
+        key for key in outer if "lora_A" in key
+    ]

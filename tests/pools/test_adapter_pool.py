@@ -26,6 +26,7 @@ from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomiz
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
 from refusals import refused
+from safetensors.torch import save_file
 
 from hotswap_lab import (
     Adapter,
@@ -587,10 +588,26 @@ def test_an_update_that_fails_drops_no_other_adapter(model, sources, monkeypatch
     assert in_files(pool) > before, "room was needed"
 
 
+def test_an_updated_adapter_is_not_read_again_from_its_files(model, sources):
+    pool = limited_pool(model, sources, *"abe")
+    pool.update("b", times(3, sources["b"]))
+    for name in (*sources, "b"):
+        pool.swap(name)
+    fresh = load(LLAMA, sources["b"])
+    hotswap_adapter(fresh, Adapter(Adapter.load(sources["b"]).config, times(3, sources["b"]), "memory"), "default")
+    assert_same_outputs(model, fresh, LLAMA)
+
+
 def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     pool, dropped = small_pool(model, sources)
     shutil.rmtree(sources[dropped])
     save_random_adapter(LLAMA, Path(sources[dropped]), seed=99, r=2)
+    refused("have changed since it was added", pool.swap, dropped)
+
+
+def test_a_file_of_the_same_size_that_changed_since_is_refused(model, sources):
+    pool, dropped = small_pool(model, sources)
+    save_file(times(2, sources[dropped]), Path(sources[dropped]) / "adapter_model.safetensors", {"format": "pt"})
     refused("have changed since it was added", pool.swap, dropped)
 
 

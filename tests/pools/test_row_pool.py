@@ -71,6 +71,14 @@ def assert_rows(pool, truth, wanted, strengths=None) -> None:
 # ---- what a pool does
 
 
+def test_with_disabled_adapters_a_batch_has_any_size(model, pool):
+    inputs = LINEAR.inputs()
+    pool.assign(["a", "b", None])
+    with model.disable_adapter():
+        assert_close(call(model, inputs), call(LINEAR.base(), inputs))
+    refused("rows", call, model, inputs)
+
+
 def test_labels_and_blocks(pool, truth):
     assert pool.rows == []
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
