@@ -95,9 +95,9 @@ OfLayers = Sequence[LayerSettings | None]
 #: each setting of a layer: its name in :class:`LayerSettings`, and what was declared of it there
 SETTINGS = tuple(SimpleNamespace(name=each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
-SCALAR_TABLES = {each.table: each.name for each in SETTINGS if each.table}
+SCALAR_TABLES: dict[str, str] = {each.table: each.name for each in SETTINGS if each.table}
 #: and the rules of the settings that may differ between layers, by the field that says so
-PATTERNS = {each.pattern: each.rule for each in SETTINGS if each.pattern}
+PATTERNS: dict[str, Rule] = {each.pattern: each.rule for each in SETTINGS if each.pattern}
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
@@ -122,7 +122,7 @@ def settings_of(layer: TunerLayer, adapter_name: str) -> LayerSettings:
 
 _SELECTION = Rule(_is_selection, "a list of names or one expression")
 #: fields of LoRA's config that choose its layers or initialize them, and the values that they may have
-CHOICES = {
+CHOICES: dict[str, Rule] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _SELECTION),
     "layers_to_transform": Rule(_are_indices, "a list of integers, or one"),
     "fan_in_fan_out": Rule(is_flag, "true or false"),
@@ -142,7 +142,7 @@ NO_EFFECT = {
     *("runtime_config", "qalora_group_size", "megatron_core"),
 }
 #: the rule of each field that LoRA alone needs
-RULES = {each.field: each.rule for each in SETTINGS} | CHOICES
+RULES: dict[str, Rule] = {each.field: each.rule for each in SETTINGS} | CHOICES
 #: names of initializations of which nothing is left after loading; "gaussian" may have capitals
 INITS = ("eva", "orthogonal", "lora_ga", "gaussian")
 #: the beginnings of those with which a fresh load changes the base weights

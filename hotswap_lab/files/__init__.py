@@ -4,8 +4,6 @@
 
 from pathlib import Path
 
+_LINES = (Path(__file__).parent / "advice.txt").read_text("utf-8").splitlines()
 #: the advice of a refusal, in Python, and what it is for those who have only a terminal, of advice.txt
-ADVICE: dict[str, str] = {}
-for _line in (Path(__file__).parent / "advice.txt").read_text("utf-8").splitlines():
-    _python, _, _there = _line.partition(" ->")
-    ADVICE[_python] = _there.strip()
+ADVICE: dict[str, str] = {python: there.strip() for python, there in (each.split(" ->") for each in _LINES)}
