@@ -17,7 +17,7 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, prepared
 from lengths import few_of, long
-from models import KINDS, Kind, load, save_random_adapter
+from models import KINDS, Kind, load, lora_layers, save_random_adapter
 from refusals import refused
 from torch import nn
 
@@ -297,6 +297,17 @@ def test_a_model_that_has_changed_since(granites, change):
     ahead(**ids())
     action(model)
     refused(match, lambda _: ahead(**ids()), model)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_one_layer_that_is_merged(granites, number):
+    make, path = granites
+    ahead, given = bind(path, model := make()), ids()
+    layer = lora_layers(model)[number]
+    layer.merge()
+    refused("merged", lambda _: bind(path, model), model)
+    layer.unmerge()
+    assert_computes(ahead, model, given)
 
 
 @pytest.mark.parametrize("by_blocks", [long(False), True])

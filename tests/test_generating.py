@@ -8,6 +8,7 @@ from importlib.util import find_spec, module_from_spec
 import pytest
 import torch
 from exercises import logits_of, some_ids
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import demo
 from hotswap_lab.generating import Reader
@@ -42,6 +43,16 @@ def test_rows_at_different_places_read_as_the_model_itself(model):
     for row, logits in enumerate(read_all(reader, texts, sizes=(4, 1, 3, 2))):
         assert torch.allclose(logits, logits_of(model, texts[row]), atol=1e-4)
     assert reader.lengths.tolist() == [9, 1, 4, 17]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_noticed(kind):
+    """Only where a row may be longer than the texts that the model was trained on."""
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    model = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=16, rope_parameters=rope)).eval()
+    assert [Reader(model, rows=2, longest=longest).agrees() for longest in (12, 40)] == [True, False]
 
 
 def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):

@@ -770,6 +770,20 @@ def test_a_swap_does_not_wait_for_a_block_that_its_own_thread_has_to_end(pool, m
             start(block.__exit__, None, None, None).result(30)
 
 
+def test_a_swap_does_not_wait_for_ever_for_a_stream_of_another_thread(pool, monkeypatch):
+    monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT)
+
+    def pieces() -> Iterator[int]:
+        with in_use(pool):
+            yield 1
+
+    steps = pieces()
+    assert start(next, steps).result(30) == 1
+    assert isinstance(start(pool.swap, "third").exception(20), ModelInUseError)
+    start(steps.close).result(30)
+    pool.swap("third")
+
+
 def test_a_block_is_left_in_another_thread(pool, folders):
     block = in_use(pool)
     block.__enter__()

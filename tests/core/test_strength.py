@@ -134,3 +134,12 @@ def test_base_weights_that_a_swap_brought_stay(tmp_path):
     hotswap_adapter(model, plain, "default")
     set_strength(model, 0)
     torch.testing.assert_close(call(model, kind.inputs()), call(kind.base(), kind.inputs()))
+
+
+def test_preparing_keeps_the_strength(tmp_path):
+    folder = save_random_adapter(LINEAR, tmp_path / "a", seed=1, **CONFIG)
+    model = load(LINEAR, folder)
+    set_strength(model, 0.5)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert get_strength(model) == 0.5
+    torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(folder, 0.5))
