@@ -778,9 +778,13 @@ def test_a_swap_does_not_wait_for_ever_for_a_stream_of_another_thread(pool, monk
             yield 1
 
     steps = pieces()
-    assert start(next, steps).result(30) == 1
-    assert isinstance(start(pool.swap, "third").exception(20), ModelInUseError)
-    start(steps.close).result(30)
+    with ThreadPoolExecutor(1) as server, ThreadPoolExecutor(1) as other:
+        assert server.submit(next, steps).result(30) == 1
+        waiting = other.submit(pool.swap, "third")
+        try:
+            assert isinstance(waiting.exception(20), ModelInUseError)
+        finally:
+            server.submit(steps.close).result(30)
     pool.swap("third")
 
 
