@@ -121,6 +121,19 @@ def test_a_magnitude_or_bias_is_not_trained_where_its_layer_is_off(tmp_path, way
     assert_same_outputs(model, load(MLP, full), MLP)
 
 
+def test_a_first_swap_that_fails_leaves_no_hooks(folders, monkeypatch):
+    model = load(LLAMA, folders[0])
+    hooks = {key: [*each] for key, each in vars(model.get_base_model()).items() if "state_dict" in key}
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("hotswap_lab.core.change.copy_all", fails)
+    with untouched(model), pytest.raises(MemoryError):
+        hotswap_adapter(model, folders[1], "default")
+    assert {key: [*each] for key, each in vars(model.get_base_model()).items() if "state_dict" in key} == hooks
+
+
 @pytest.mark.parametrize("form", few_of(FORMS, ("lora_bias",)))
 @pytest.mark.parametrize("way", ["swap", long("pool")])
 def test_what_is_frozen_is_unfrozen_after_an_error(tmp_path, way, form):
