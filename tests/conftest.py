@@ -66,6 +66,8 @@ TOGETHER = (
     "/test_ahead.py",
     "/test_bench.py",
     "/test_crossings.py",
+    "/test_rooms.py",
+    "/test_sockets.py",
 )
 
 
