@@ -29,8 +29,8 @@ _log = logging.getLogger("ray.serve")
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
-#: the advice of refusals that a server has no argument for, and what to do instead
-IN_SERVERS: dict[str, str] = ADVICE | {
+#: the advice of refusals that a server has no argument for, and what to do instead; what only Python can do is left out
+IN_SERVERS: dict[str, str] = {python: "" for python, there in ADVICE.items() if not there} | {
     "make the pool with this adapter among its `adapters`": "start the server with it, or layers=all-linear",
     "prepare one model for each kind, or swap between them in a model that is not prepared": "start another server",
 }
