@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from ..core.errors import HotswapError, refusal, refused
+from ..core.errors import HotswapError, advise, refusal, refused
 from .answers import Piece, Request, Token
 from .metrics import PATHS, Metrics
-from .replica import BusyError, UnreadableError
+from .replica import IN_SERVERS, BusyError, UnreadableError
 from .sampling import Sampling
 from .table import UnknownAdapterError
 
@@ -380,7 +380,8 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
     """The HTTP status of an error, and what OpenAI's API writes of it."""
     known = [status for kind, status in STATUS.items() if isinstance(error, kind)]
     status = known[0] if known else getattr(error, "status_code", 400)
-    text, kind = str(getattr(error, "detail", error)), "server_error" if status >= 500 else "invalid_request_error"
+    said = advise(error, IN_SERVERS) if isinstance(error, HotswapError) else getattr(error, "detail", error)
+    text, kind = str(said), "server_error" if status >= 500 else "invalid_request_error"
     return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
 

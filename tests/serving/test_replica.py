@@ -29,7 +29,7 @@ from test_api import TEXT, sent
 from hotswap_lab import HotswapError, RecompileWatch, demo
 from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
 from hotswap_lab.serving.answers import Answer
-from hotswap_lab.serving.api import openai_api
+from hotswap_lab.serving.api import _error, openai_api
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +417,16 @@ def test_what_one_replica_cannot_load_none_has(tmp_path):
     # and what failed can be put right under the same name
     asyncio.run(served.change({"shout": FAMILY["reverse"]}))
     assert said("shout") == ["pawstoh"] * 2
+
+
+def test_advice_is_what_a_server_can_follow(tmp_path):
+    folder = shutil.copytree(FAMILY["shout"], tmp_path / "late")
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values())).fill_(torch.nan)
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _, told = _error(refused("NaN", Version.of, "late", folder))
+    assert "next:     get an undamaged copy" in told["error"]["message"]
+    assert "Adapter.load" not in told["error"]["message"]
 
 
 def test_layers_that_no_adapter_had_at_the_start():
