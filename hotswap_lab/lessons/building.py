@@ -325,9 +325,10 @@ def part_08(text):
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
     yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
     # a layer with a bias, and texts of one token, as while generating
-    torch.manual_seed(0)
-    biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
-    layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
+    with torch.random.fork_rng():  # the reader's random numbers stay theirs
+        torch.manual_seed(0)
+        biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
+        layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
     layer.assign(1, a, b * torch.inf, 1.0)
     layer.assign(1, a[:1], b[:, :1], 0.5)
     expected = biased(token)
