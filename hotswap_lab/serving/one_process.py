@@ -18,13 +18,15 @@ from .replica import BusyError, LateError, Replica
 from .table import Register, Table, Version
 
 #: seconds for the head of a connection's first request, and for answers to end once the server is told to
-HEAD_SECONDS, END_SECONDS, BACKLOG = 30, 30, 128
-#: of each process; other files are needed, and connections are accepted by the backlog before one is closed
+HEAD_SECONDS, END_SECONDS = 30, 30
+#: connections that wait for the server, and that asyncio accepts at a time: four times as many are open before one is closed
+WAITING, AT_A_TIME = 128, 16
+#: of each process, which needs other files, too
 MOST_CONNECTIONS = 800
 with contextlib.suppress(ImportError):  # on Windows there is no such limit
     import resource
 
-    MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - BACKLOG))
+    MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - 4 * AT_A_TIME))
 
 
 class PortError(HotswapError):
@@ -103,11 +105,12 @@ async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000
     logging.getLogger("ray.serve").addHandler(logging.StreamHandler())  # the name of the log with Ray, too
     logging.getLogger("ray.serve").setLevel(logging.INFO)
     api = openai_api(backend, given.name, given.token, given.options.longest_prompt)
-    limits = dict(backlog=BACKLOG, timeout_graceful_shutdown=END_SECONDS, http=Connection)
+    limits = dict(backlog=AT_A_TIME, timeout_graceful_shutdown=END_SECONDS, http=Connection)
     server = uvicorn.Server(uvicorn.Config(api, **limits))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await backend.start()
+        listener.listen(WAITING)  # uvicorn has given the system its own number, asyncio's
         if not server.should_exit:  # by Ctrl-C
             where = f"in {backend.replica.pool.model.dtype}, http://{host}:{port}/docs"
             print(f"Ready: {len(given.adapters)} adapters of {given.name} {where}", flush=True)

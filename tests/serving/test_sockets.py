@@ -22,7 +22,7 @@ START = """import resource, sys
 from hotswap_lab.serving import api, one_process
 one_process.HEAD_SECONDS, one_process.END_SECONDS, api.BODY_SECONDS = 4, 2, 60
 one_process.MOST_CONNECTIONS = 60
-resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
 from hotswap_lab.__main__ import main
 sys.exit(main(sys.argv[1:]))"""
 ADAPTER = f"shout={demo.adapter_path('shout')}"
