@@ -381,7 +381,8 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
     known = [status for kind, status in STATUS.items() if isinstance(error, kind)]
     status = known[0] if known else getattr(error, "status_code", 400)
     said = advise(error, IN_SERVERS) if isinstance(error, HotswapError) else getattr(error, "detail", error)
-    text, kind = str(said), "server_error" if status >= 500 else "invalid_request_error"
+    text = str(said).replace(", all in the `refusals` of this error", "")  # a client has no more than the text
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
 

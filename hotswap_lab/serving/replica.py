@@ -164,10 +164,9 @@ class Replica:
             prepare_model_for_compiled_hotswap(model, adapters=[reserved])
         how: dict[str, Any] = dict(target_rank=self.target_rank, progress=False, base_weights=base_weights)
         self.pool: AdapterPool = AdapterPool(model.requires_grad_(False), adapters=adapters, rows=rows, **how)
-        self.pool.assign([None] * rows)
-        self._reader: Reader | None = self._make_reader(rows)
-        if not self._reader:
-            self.pool.assign([None])
+        with self.pool.assigned([None] * rows):  # a refusal leaves the adapter that was loaded
+            self._reader: Reader | None = self._make_reader(rows)
+        self.pool.assign([None] * (rows if self._reader else 1))
         self._lock = threading.Lock()
         self._waiting: deque[Answer] = deque()
         self._worker: asyncio.Task | None = None

@@ -286,9 +286,12 @@ def test_models_of_ones_own(tmp_path, kind, more, in_rows):
         assert logprobs == pytest.approx(expected, abs=1e-5)
     assert len({text for text, _ in said}) > 3
     if not in_rows:
-        model = replica.pool.model
-        with pytest.raises(HotswapError, match="can't be compiled for rows"):
-            Replica(model, replica.tokenizer, versions, Options(compile=True))
+        model = PeftModel.from_pretrained(load(), versions[0].path).eval()
+        with torch.no_grad():
+            before = model(input_ids=ids[:, :5]).logits  # of one row
+            with pytest.raises(HotswapError, match="can't be compiled for rows"):
+                Replica(model, replica.tokenizer, versions, Options(compile=True))
+            assert torch.allclose(model(input_ids=ids[:, :5]).logits, before, atol=1e-5)
 
 
 def test_a_model_that_does_not_read_that_far():
@@ -433,6 +436,8 @@ def test_layers_that_no_adapter_had_at_the_start():
     replica = replica_of({"caesar": FAMILY["caesar"]})
     error = refused("the old one lacks", replica.load, [Version.of("late", FAMILY["pig_latin"])])
     assert error.refusals[0].next_step.startswith("start the server with it, or layers=all-linear")
+    many = _error(HotswapError(*error.refusals * 5))[1]["error"]["message"]
+    assert many.endswith("... and 4 more")  # a client has nothing else to look into
     assert "@" not in str(error)
 
 
