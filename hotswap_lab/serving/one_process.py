@@ -19,7 +19,7 @@ from .table import Register, Table, Version
 
 #: seconds for the head of a connection's first request, and for answers to end once the server is told to
 HEAD_SECONDS, END_SECONDS = 30, 30
-#: connections that wait for the server, and that asyncio accepts at a time: four times as many are open before one is closed
+#: connections that wait, and that asyncio accepts at a time: four times as many are open before one of them is closed
 WAITING, AT_A_TIME = 128, 16
 #: of each process, which needs other files, too
 MOST_CONNECTIONS = 800
