@@ -144,7 +144,7 @@ class Batch:
 
     def check_part(self) -> None:
         """Refuse layers that are computed outside of a call of the model, if no such call has proven them."""
-        if getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
+        if self.differs and getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
             raise refused("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
     @property

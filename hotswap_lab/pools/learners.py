@@ -16,7 +16,8 @@ import torch
 from ..beyond.passes import METHODS
 from ..core.adapter import Adapter
 from ..core.change import copy_all
-from ..core.host import Config, carriers, find_host, name_in
+from ..core.errors import listing, refused
+from ..core.host import Config, carriers, find_host
 from ..core.journal import Journal
 from ..core.lora import fingerprint
 from ..core.room import Packed, Room, new_band
@@ -30,7 +31,10 @@ Pack = Callable[[Any, Adapter, bool], Packed]
 
 def slot_of(learner: torch.nn.Module, name: str) -> Slot:
     """The slot of the adapter that a learner trains: the one called ``name``, or else its only one."""
-    own = name if any(name in host.configs for host in carriers(learner)) else name_in(learner, None)
+    names = {each for host in carriers(learner) for each in host.configs}
+    if len(names) > 1 and name not in names:
+        raise refused("learner_has_others", name=name, names=listing(sorted(names)))
+    own = names.pop() if len(names) == 1 else name
     return slot_for(METHODS, find_host(learner, own), own)
 
 

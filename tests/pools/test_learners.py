@@ -11,6 +11,7 @@ import torch
 from lengths import long
 from models import KINDS, call, load, lora_layers, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
+from peft.utils import get_peft_model_state_dict
 from pool_sources import LLAMA
 from refusals import refused
 from test_long_runs import Use
@@ -77,6 +78,13 @@ def test_the_adapter_of_this_name_is_taken_before_any_other(model, pool, sources
     pool.swap("b")
     pool.update("b", learner)
     assert_equals_fresh_load(model, LLAMA, sources["a"], prepared=True)
+    learner.load_adapter(sources["c"], "other")
+    learner.delete_adapter("b")  # it is not said which of the others is meant
+    refused("(?s)several and none of that name.*default, other", pool.update, "b", learner)
+    assert_equals_fresh_load(model, LLAMA, sources["a"], prepared=True)
+    tensors = get_peft_model_state_dict(learner, adapter_name="other")  # as is advised
+    pool.update("b", Adapter.from_state_dict(tensors, learner.peft_config["other"]))
+    assert_equals_fresh_load(model, LLAMA, sources["c"], prepared=True)
 
 
 def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, tmp_path):
