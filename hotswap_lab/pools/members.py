@@ -105,7 +105,7 @@ class Members(dict[str, Member]):
 
     def _read(self, member: Member, source: object) -> Packed:
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-        stamp = _stamp_of(path)
+        stamp = _stamp_of(path, self.hub)
         hub = {**self.hub, "revision": member.revision} if member.revision else self.hub
         adapter = read(source, **hub)
         packed = self.pack(member, adapter, not isinstance(source, tuple))
@@ -117,7 +117,7 @@ class Members(dict[str, Member]):
         """A member's weights, read again if they were dropped."""
         packed = member.packed
         if packed is None:
-            if member.stamp != _stamp_of(member.source):
+            if member.stamp != _stamp_of(member.source, self.hub):
                 raise refused("files_changed", name=member.name, source=member.source)
             packed = self._read(member, member.source)
             with self.lock:
@@ -178,9 +178,9 @@ def _span(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _stamp_of(path: str | None) -> tuple[object, ...] | None:
+def _stamp_of(path: str | None, hub: Mapping[str, Any]) -> tuple[object, ...] | None:
     """A value that changes when an adapter's folder is written to. None if the path is no folder."""
-    if path is None or not os.path.isdir(path):
+    if path is None or not os.path.isdir(path := os.path.join(path, hub.get("subfolder") or "")):
         return None
     files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]
     return tuple((file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files if os.path.exists(file))

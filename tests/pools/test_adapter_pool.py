@@ -605,9 +605,16 @@ def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     refused("have changed since it was added", pool.swap, dropped)
 
 
-def test_a_file_of_the_same_size_that_changed_since_is_refused(model, sources):
-    pool, dropped = small_pool(model, sources)
-    save_file(times(2, sources[dropped]), Path(sources[dropped]) / "adapter_model.safetensors", {"format": "pt"})
+@pytest.mark.parametrize("subfolder", [{}, {"subfolder": "inner"}])
+def test_a_file_of_the_same_size_that_changed_since_is_refused(model, sources, tmp_path, subfolder):
+    for name, source in sources.items():
+        shutil.copytree(source, tmp_path / "of" / name / subfolder.get("subfolder", ""))
+    folders = {name: f"{tmp_path}/of/{name}" for name in sources}
+    limit = limited_pool(model, sources, "b", "e")._members.max_bytes
+    pool = pool_of(model, folders, max_bytes=limit, **subfolder)
+    dropped = in_files(pool)[0]
+    weights = Path(folders[dropped], *subfolder.values(), "adapter_model.safetensors")
+    save_file(times(2, sources[dropped]), weights, {"format": "pt"})
     refused("have changed since it was added", pool.swap, dropped)
 
 
