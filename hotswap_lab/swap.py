@@ -113,7 +113,7 @@ def hotswap_adapter(
     """
     if adapter_name is None:
         adapter_name = name_in(model, None)
-    with refusals_told(model, adapter_name):
+    with refusals_told(model, adapter_name, model_name_or_path):
         host = find_host(model, adapter_name)
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
         adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=not is_shared(host.base))
@@ -175,7 +175,7 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    with refusals_told(model, adapter_name):
+    with refusals_told(model, adapter_name, "a state dict"):
         host = find_host(model, adapter_name)
         adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
         with locked(host.base):
@@ -275,7 +275,10 @@ def commit(*plans: Plan) -> None:
     for plan in plans:
         if not isinstance(plan, Plan):
             raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
-    with refusals_told(plans[0].slot.host.root, plans[0].slot.adapter_name) if plans else contextlib.nullcontext():
+    if not plans:
+        return
+    wanted = ", ".join(plan.adapter.source for plan in plans)
+    with refusals_told(plans[0].slot.host.root, plans[0].slot.adapter_name, wanted):
         for plan in plans:
             plan.raise_if_refused()
         with locked(*(plan.slot.host.base for plan in plans)):
@@ -302,7 +305,7 @@ def carry_out(plans: Sequence[Plan]) -> None:
 
 
 @contextlib.contextmanager
-def refusals_told(model: Any, adapter_name: str | None) -> Iterator[None]:
+def refusals_told(model: Any, adapter_name: str | None, wanted: object = None) -> Iterator[None]:
     """Log the refusal that ends this block, with what is in the model, which is what was in it before."""
     try:
         yield
@@ -312,7 +315,7 @@ def refusals_told(model: Any, adapter_name: str | None) -> Iterator[None]:
             slot = resolve_slot(model, name_in(model, adapter_name))
         if not is_told:  # by a block inside of this one
             is_told.append(True)
-            tell("refusal", [slot], error)
+            tell("refusal", [slot], error, wanted)
         raise
 
 

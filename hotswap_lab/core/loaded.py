@@ -203,8 +203,11 @@ def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(name)
 
 
-def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = None) -> None:
-    """Log an event in each slot: the attributes of the record are the fields of :class:`Loaded` after it."""
+def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = None, wanted: object = None) -> None:
+    """Log an event in each slot: the attributes of the record are the fields of :class:`Loaded` after it.
+
+    Of a refusal, these are what stays; ``wanted`` is what was to come: a source, or a pool's name.
+    """
     level = logging.WARNING if error else logging.INFO
     # without handlers, Python would print a warning
     for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
@@ -214,5 +217,8 @@ def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = 
         fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
         with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal
             # one line for each record, so that a log can be read line by line
+            sources = [getattr(each, "source", each) for each in (wanted if isinstance(wanted, list) else [wanted])]
+            told = None if wanted is None else escaped(", ".join(map(_shown, sources)))
             text = " | ".join(" ".join(line.split()) for line in str(error or now).splitlines())
-            LOG.log(level, "%s: %s", event, text, extra=fields | {"event": event, "error": error})
+            text = f"{told}: {text}" if told else text
+            LOG.log(level, "%s: %s", event, text, extra=fields | {"event": event, "error": error, "wanted": told})

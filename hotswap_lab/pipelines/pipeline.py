@@ -167,7 +167,7 @@ def hotswap_pipeline(
     -----
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
-    with refusals_told(pipe, adapter_name):
+    with refusals_told(pipe, adapter_name, source if isinstance(source, (str, os.PathLike)) else "a state dict"):
         adapters = read_source(pipe, source, allow_nonfinite, kwargs)
         with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)

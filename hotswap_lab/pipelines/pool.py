@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,13 +81,13 @@ class PipelinePool:
         self.pipe: Any = pipe
         self.adapter_name: str = adapter_name
         self._reading = kwargs
-        self._told = lambda: refusals_told(pipe, adapter_name)
+        self._told = partial(refusals_told, pipe, adapter_name)
         with self._told():
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes
             self.model: torch.nn.ModuleList = torch.nn.ModuleList(self._loaded.values())
             self._bases = bases_of(self)
-            read = {name: self._read(source) for name, source in adapters.items()}
+            read = {name: self._read(name, source) for name, source in adapters.items()}
             with locked(*self._bases):
                 share_turn(self._bases)
                 way_back = Journal()
@@ -102,8 +103,8 @@ class PipelinePool:
                     way_back.roll_back()
                     raise
 
-    def _read(self, source: Source) -> dict[str, Adapter]:
-        with self._told():
+    def _read(self, name: str, source: Source) -> dict[str, Adapter]:
+        with self._told(name):
             adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
         return for_all(adapters, self._loaded, self.adapter_name)
 
@@ -150,7 +151,7 @@ class PipelinePool:
         HotswapError
             If the name is taken, or the file can't be read or doesn't fit what was prepared. Nothing is changed then.
         """
-        adapters = self._read(source)
+        adapters = self._read(name, source)
         self._all(lambda pool, component: pool.add(name, adapters[component]))
 
     def remove(self, name: str) -> None:
@@ -165,7 +166,7 @@ class PipelinePool:
         HotswapError
             If there is no such adapter, or the file can't be read or doesn't fit. Nothing is changed then.
         """
-        adapters = self._read(source)
+        adapters = self._read(name, source)
         self._all(lambda pool, component: pool.update(name, adapters[component]))
 
     def swap(self, name: str | Mapping[str, float], strength: float = 1.0) -> None:
@@ -186,7 +187,7 @@ class PipelinePool:
             self._all(lambda pool, _: pool.using(name, strength).begin(back))
             return self
 
-        return Block(self._bases[0], begin, f"leaves {name!r} in the pipeline", tuple, self._told)
+        return Block(self._bases[0], begin, f"leaves {name!r} in the pipeline", tuple, partial(self._told, name))
 
     def __str__(self) -> str:
         return "\n".join(f"{component}: {pool}" for component, pool in self._pools.items())

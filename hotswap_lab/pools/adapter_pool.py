@@ -237,12 +237,12 @@ class AdapterPool:
         HotswapError
             If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
         """
-        with self._told():
+        with self._told(name):
             self._members.add(name, source)
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One in use can't be removed."""
-        with self._told(), self._members.lock:
+        with self._told(name), self._members.lock:
             if is_used(self._room, self._members[name]):
                 raise refused("adapter_in_use", name=name)
             apply([Change(steps=[lambda journal: journal.remove(self._members, name)])])
@@ -262,7 +262,7 @@ class AdapterPool:
         config:
             Its config. Default: the learner's, or the one that the adapter has.
         """
-        with self._told(), self._turn():
+        with self._told(name), self._turn():
             member = self._members[name]
             present = self._members.packed(member)
             if isinstance(state_dict, torch.nn.Module):
@@ -368,7 +368,7 @@ class AdapterPool:
                     change.steps += steps
                     apply([change], tell=self._tell)
         except HotswapError:
-            with self._told():  # only here, since entering it takes time
+            with self._told(name):  # only here, since entering it takes time
                 raise
 
     def off(self) -> None:
@@ -425,7 +425,7 @@ class AdapterPool:
             raise refused("copies_is_no_number", copies=copies)
         if len(strengths) != count:
             raise refused("strengths_of_others", strengths=len(strengths), rows=count)
-        with self._told(), self._turn():
+        with self._told(adapters), self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
                 for strength in strengths:
@@ -526,7 +526,7 @@ class AdapterPool:
             members = filter(None, map(self._members.get, names))
             return [partial(self._members.packed, each) for each in members if each.packed is None]
 
-        return Block(self._room.slot.host.base, begin, what, dropped, self._told)
+        return Block(self._room.slot.host.base, begin, what, dropped, partial(self._told, adapters))
 
     def _put_back(self, former: Packed) -> None:
         packed = as_now(self._room, self._members, former)

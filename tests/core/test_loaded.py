@@ -217,7 +217,7 @@ def test_the_log_is_a_history(caplog, tmp_path):
     pool.swap("shout")
     hotswap_adapter(model, SORT)
     before = the(model)
-    refused("no folder", hotswap_adapter, model, tmp_path / "nowhere")
+    refused("no folder", hotswap_adapter, model, nowhere := tmp_path / "nowhere")
     refused("no adapter called", pool.swap, "nobody")
     assert the(model) == before
     pool.swap({"shout": 0.5, "sort": 0.5})
@@ -243,6 +243,9 @@ def test_the_log_is_a_history(caplog, tmp_path):
         *2 * [("refusal", "WARNING", mix, 0.25)],
     ]
     assert caplog.records[2].source == SORT
+    refusals = [each for each in caplog.records if each.event == "refusal"]
+    assert [each.wanted for each in refusals[::2]] == [str(nowhere), "nobody", "sort", SORT, None]  # not what is there
+    assert refusals[0].getMessage().startswith(f"refusal: {nowhere}: ")
     assert "no folder" in caplog.records[3].getMessage()
     assert caplog.records[3].error.refusals
     assert not any("\n" in each.getMessage() for each in caplog.records)
@@ -267,7 +270,7 @@ def test_a_wait_that_is_refused_is_told_once(caplog, way):
 
     with ThreadPoolExecutor(1) as thread, pool.using("sort"), pytest.raises(ModelInUseError):
         thread.submit(put_in).result(30)
-    assert [(each.event, each.member) for each in caplog.records] == [("refusal", "sort")]
+    assert [(each.event, each.member, each.wanted) for each in caplog.records] == [("refusal", "sort", "shout")]
 
 
 def test_a_handler_that_fails_fails_no_swap(tmp_path, monkeypatch, caplog):
