@@ -152,7 +152,7 @@ def loaded_of(slot: Slot) -> Loaded:
         origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN, origin))
     if slot.method.is_lora and not assigned and not any(ranks):
         strength = 0.0
-    kind, state = kind_of(slot.config), _state_of(slot)
+    kind, state = kind_of(slot.config), state_of(slot)
 
     def one(name: str, owner: Any, ranks: Iterable, strength: float | None, origin: Any, config: Config) -> Loaded:
         own, (source, revision, file) = tuple(sorted({rank for rank in ranks if rank})), origin
@@ -176,7 +176,7 @@ def loaded_of(slot: Slot) -> Loaded:
     return dataclasses.replace(now, rows=rows, note=note)
 
 
-def _state_of(slot: Slot) -> str:
+def state_of(slot: Slot) -> str:
     """What a forward does with the adapter, as in :class:`Loaded`."""
     part: Any = slot.layers[0].module if slot.layers else slot.host.carrier
     if getattr(part, "disable_adapters" if slot.layers else "_adapters_disabled", False):

@@ -119,6 +119,9 @@ class PipelinePool:
         """The names of all adapters, in the order of the files."""
         return next(iter(self._pools.values())).names
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     @property
     def active(self) -> str | None:
         """The name of the adapter that all components compute with; None if there is none, or it is off."""

@@ -20,7 +20,7 @@ from ..core.compiled import frozen, frozen_in
 from ..core.errors import HotswapError, advise, listing, refused
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
-from ..core.loaded import tell
+from ..core.loaded import state_of, tell
 from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
@@ -189,7 +189,7 @@ class AdapterPool:
 
     @property
     def active(self) -> str | None:
-        """The name of the adapter that all rows compute with; None if there is none, or it is off."""
+        """The name of the adapter that all rows compute with; None if there is none, or it is off or disabled."""
         return now.name if isinstance(now := self._now, Member) else None
 
     @property
@@ -199,9 +199,10 @@ class AdapterPool:
 
     @property
     def _now(self) -> Member | Mix | None:
-        """What all rows compute with; None if it is off, or not of this pool."""
+        """What all rows compute with; None if it is off or disabled, or not of this pool."""
         room = self._room
         owner = owner_in(room, self._members) if not room.assigned and room.is_intact() else None
+        owner = owner if state_of(room.slot) in ("active", "merged") else None
         with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
             return None if owner is None or self.strength == 0 else owner
         return owner

@@ -85,6 +85,12 @@ def test_ten_files_in_any_order(tmp_path, caplog, kind):
     assert {each.member for each in loaded(pool)} == {name}
     assert len(loaded(pool)) == len(kind.components)
     assert str(pool).count("AdapterPool: 10 adapters") == len(kind.components)
+    assert name in pool
+    assert "nobody" not in pool
+    pipe.disable_lora()
+    assert pool.active is None
+    pipe.enable_lora()
+    assert pool.active == name
 
 
 @pytest.mark.long

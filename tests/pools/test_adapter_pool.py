@@ -90,8 +90,12 @@ def test_the_loaded_adapter_is_recognised_and_the_only_one_needs_no_name(sources
     assert pool_of(model, sources).active is None, "not at its trained strength"
     pool.swap("a")
     assert pool.active == "a"
+    with model.disable_adapter():
+        assert pool.active is None
     assert pool_of(model, {"b": sources["b"]}).active is None
     model.load_adapter(sources["c"], "other")
+    model.set_adapter("other")
+    assert pool.active is None
     refused("the adapters 'mine', 'other'", pool_of, model, {"b": sources["b"]})
 
 
