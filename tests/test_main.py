@@ -151,7 +151,7 @@ PIPED = [
     long(["verify", BASE, REVERSE, SORT], 0),
     long(["verify", BASE, DOUBLE, SORT], 1),
     long(["mix", BASE, f"{REVERSE}:1", "--out", "new"], 0),
-    long(["mix", BASE, f"{SORT}:nan", "--out", "new"], 1),
+    long(["mix", BASE, f"{SORT}:nan", "--out", "new"], 2),
     long(["tour", "--repeats", "1"], 0),
     (["tour", "--word", "A b"], 2),
     (["serve", "--set", "rows"], 2),
