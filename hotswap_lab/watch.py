@@ -164,14 +164,14 @@ class RecompileWatch:
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
         self._listen()
-        self._current = Call(label)
+        outer, self._current = self._current, (call := Call(label))
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            self._current.seconds = time.perf_counter() - start
-            self.calls.append(self._current)  # not before: another thread may draw them
-            self._current = None
+            call.seconds = time.perf_counter() - start
+            self.calls.append(call)  # not before: another thread may draw them
+            self._current = outer
 
     def _on_start(self, args: Any) -> None:
         # PyTorch's notes on the compilation that is starting; nothing if it is the first of its code

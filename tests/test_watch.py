@@ -132,6 +132,15 @@ def test_guards_in_words(guard, words):
     assert explain(guard) == words
 
 
+def test_a_call_in_a_call():
+    compiled = torch.compile(torch.nn.Linear(4, 2), backend="eager", dynamic=False)
+    first, other = torch.ones(3, 4), torch.ones(5, 4)
+    with RecompileWatch() as watch:
+        compiled(first)
+        watch.call("outer", lambda: (watch.call("inner", compiled, first), compiled(other)))
+    assert [(call.label, call.recompiles) for call in watch.calls] == [("inner", 0), ("outer", 1)]
+
+
 def test_a_call_is_noted_at_its_end():
     """A widget may draw the calls in another thread meanwhile, on an axis without a place for 0 seconds."""
     watch = RecompileWatch()
