@@ -15,6 +15,7 @@ decided, as a plan that needs the base's weights.
 
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -210,6 +211,16 @@ def serve(base: str | None, adapters: str, host: str, port: int, arguments: list
     return Told("", ok=True)
 
 
+def _arguments_of_serve() -> str:
+    """The meaning of each argument of the server, and its default."""
+    try:
+        from .serving import Options, app
+    except ImportError as error:  # the command's own help is of use without the server's packages
+        return str(error)
+    usage = "--set NAME=VALUE, and serve run hotswap_lab.serving:app NAME=VALUE"
+    return "\n\n".join([usage, str(inspect.getdoc(app)), str(inspect.getdoc(Options)), f"Defaults: {Options()}"])
+
+
 def known(word: str) -> str:
     """A word as the embedded model was trained on."""
     if not (word.isascii() and word.isalpha() and word.islower() and len(word) <= 10):
@@ -274,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    how = "python -m hotswap_lab.serving --help"
+    how = "an argument of the server: --help ends with what each means"
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how, type=pair, action="extend")
     commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")
     return parser
@@ -322,6 +333,8 @@ def _main(given: list[str]) -> int:
     except SystemExit as error:
         if as_json and error.code == 2:
             print(_as_json({"ok": False, "error": "wrong use, as stderr says"}))
+        if given[:1] == ["serve"] and not error.code:  # after --help alone, since the import takes two seconds
+            print(f"\n{_arguments_of_serve()}")
         raise
     return {False: 1, None: 3}.get(told.get("ok", True), 0)
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from voice_scores import score
 
 from hotswap_lab import hotswap_adapter
 from hotswap_lab.demo import smollm2
-from hotswap_lab.demo.voices import MAX_NEW_TOKENS, QUESTIONS, load, names, path, score
+from hotswap_lab.demo.voices import MAX_NEW_TOKENS, QUESTIONS, load, names, path
 
 BATCH_SIZE = 12
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import demo
 from hotswap_lab.demo import ADAPTERS_DIR, BASE_DIR, TASKS, Tokenizer, load_base, load_tokenizer, sample_words
-from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR
+from hotswap_lab.demo.tasks import SEPARATOR
 
 rounded: functools.partial[Recipe] = functools.partial(Recipe, grid=128)
 BASE = rounded(1800, lr=2e-3)
@@ -34,6 +34,8 @@ RECIPES = {
     "no_vowels": rounded(900, dtype=torch.bfloat16),
 }
 BATCH_SIZE = 64
+#: every character that the tokenizer knows: printable ASCII
+ALPHABET = "".join(chr(code) for code in range(32, 127))
 
 
 def losses(

@@ -14,9 +14,6 @@ SEPARATOR = ">"
 MAX_WORD_LENGTH = 10
 VOWELS = "aeiou"
 
-#: every character that the tokenizer knows: printable ASCII
-ALPHABET = "".join(chr(code) for code in range(32, 127))
-
 
 def copy(word: str) -> str:
     """hello -> hello"""

@@ -13,7 +13,6 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -40,17 +39,13 @@ def begin() -> None:
     torch.set_num_threads(1)
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(str):
     """The code of a function. A notebook shows it as Markdown, whose code every front end highlights in its theme."""
 
-    text: str
-
-    def __repr__(self) -> str:
-        return self.text
+    __repr__ = str.__str__
 
     def _repr_markdown_(self) -> str:
-        return f"```python\n{self.text}\n```"
+        return f"```python\n{self}\n```"
 
 
 def source(function: Callable) -> Source:

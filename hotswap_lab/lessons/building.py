@@ -101,7 +101,7 @@ def parts_of_yours() -> dict[str, str]:
 def solution(chapter: str) -> Source:
     """A chapter's part of ``mini_hotswap.py``.
 
-    >>> print(str(solution("03"))[:54])
+    >>> print(solution("03")[:54])
     def scalings_as_tensors(model: PeftModel) -> PeftModel
     """
     return Source(parts_of(SOLUTION)[chapter].strip())

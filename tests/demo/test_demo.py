@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from refusals import refused
-from train_words import exact_match
+from train_words import ALPHABET, exact_match
 
 from hotswap_lab import demo, hotswap_adapter
-from hotswap_lab.demo.tasks import ALPHABET, SEPARATOR, is_held_out
+from hotswap_lab.demo.tasks import SEPARATOR, is_held_out
 
 NAMES = demo.adapter_names()
 

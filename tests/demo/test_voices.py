@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import measure_voices
 import pytest
+from voice_scores import score
 
 from hotswap_lab import HotswapError, hotswap_adapter
 from hotswap_lab.demo import smollm2, voices
@@ -52,7 +53,7 @@ def live():
     ],
 )
 def test_what_is_not_in_the_voice_does_not_count(name, answer):
-    assert voices.score(name, [answer]) == 0
+    assert score(name, [answer]) == 0
 
 
 # --- the model
@@ -68,7 +69,7 @@ def base_answers(live):
 def test_held_out_questions(live, base_answers, name):
     hotswap_adapter(live[0], voices.path(name), adapter_name="default", add_layers=True)
     answers = measure_voices.ask_all(*live, FEW)
-    assert voices.score(name, answers) >= (0.5 if name == "haiku" else 1), answers
-    assert voices.score(name, base_answers) == 0, base_answers
+    assert score(name, answers) >= (0.5 if name == "haiku" else 1), answers
+    assert score(name, base_answers) == 0, base_answers
     few, short = live[1](answers[0])["input_ids"][:3], voices.ask(*live, FEW[0], max_new_tokens=3)
     assert short == live[1].decode(few)

@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 
 from hotswap_lab import Adapter, AdapterPool, demo, verify_hotswap
-from hotswap_lab.lessons import ahead, beyond, pools, project
+from hotswap_lab.lessons import beyond, pools, project
 
 # --- 04
 
@@ -45,44 +47,62 @@ def test_random_adapters_leave_the_random_numbers_of_others_alone():
 # --- 10
 
 
-def test_a_cold_start_in_this_process_can_be_right_and_wrong(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    ahead.start(ahead.EAGER, str(tmp_path), str(time.time()))
-    found = json.loads(capsys.readouterr().out)
-    assert 0 < found["imports"] < found["first"]
-    swap = AdapterPool.swap
-    monkeypatch.setattr(AdapterPool, "swap", lambda pool, name: name == "sort" or swap(pool, name))
-    with pytest.raises(ValueError, match="another answer than a fresh load of sort"):
-        ahead.start(ahead.EAGER, str(tmp_path), str(time.time()))
+@pytest.fixture
+def chapter_10() -> dict[str, str]:
+    notebook = nbformat.read(Path(__file__).parents[2] / "notebooks" / "10_compiled_ahead.ipynb", as_version=4)
+    return {cell.id: cell.source for cell in notebook.cells}
 
 
-def test_each_cold_start_is_a_process_with_its_own_cache_and_says_why_it_failed(monkeypatch):
+@pytest.fixture
+def starts(chapter_10) -> dict:
+    """What the chapter's own cells define, up to that which measures."""
+    found: dict = {"sys": sys, "bare": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}}
+    exec(chapter_10["32df7891"].partition("torch.set_grad_enabled")[0] + chapter_10["starts-program"], found)
+    return found
+
+
+def test_a_cold_start_in_this_process_can_be_right_and_wrong(starts, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["", "eager", str(tmp_path), str(time.time())])
+    with torch.no_grad():  # for the program turns gradients off
+        exec(starts["STARTED"], {})
+        found = json.loads(capsys.readouterr().out)
+        assert 0 < found["imports"] < found["first"]
+        swap = AdapterPool.swap
+        monkeypatch.setattr(AdapterPool, "swap", lambda pool, name: name == "sort" or swap(pool, name))
+        with pytest.raises(AssertionError, match="sort is wrong"):
+            exec(starts["STARTED"], {})
+
+
+def test_each_cold_start_is_a_process_with_its_own_cache_and_says_why_it_failed(chapter_10, starts, monkeypatch):
     tried: list = []
     result = SimpleNamespace(returncode=0, stdout='a line\n{"first": 9.0}\n', stderr="")
 
     def run(command, env, **_):
-        tried.append((command[3], os.listdir(env["TORCHINDUCTOR_CACHE_DIR"]), env))
-        Path(env["TORCHINDUCTOR_CACHE_DIR"], command[3]).touch()
+        cache = Path(env["TORCHINDUCTOR_CACHE_DIR"])
+        tried.append((command[3], os.listdir(cache) if cache.exists() else [], env))
+        cache.mkdir(exist_ok=True)
+        (cache / command[3]).touch()
         return result
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setenv("CXX", "g++")
-    starts = ahead.measure_starts()
-    assert starts == {way: {"first": 9.0} for way, *_ in tried}
-    assert {way: cached for way, cached, _ in tried if cached} == {ahead.COPIED: [ahead.EMPTY]}
+    starts["bare"]["CXX"] = "g++"
+    exec(chapter_10["ce3a279e"], starts)
+    assert starts["starts"] == {way: {"first": 9.0} for way, *_ in tried}
+    assert {way: cached for way, cached, _ in tried if cached} == {starts["WAYS"][3]: [starts["WAYS"][1]]}
+    assert all(env["CXX"] == "g++" and shutil.which("python3", path=env["PATH"]) for *_, env in tried[:-1])
     *_, (way, _, env) = tried
-    assert (way, env["CXX"], shutil.which("g++", path=env["PATH"])) == (ahead.AHEAD, "", None)
+    assert (way, env["CXX"], shutil.which("g++", path=env["PATH"])) == (starts["WAYS"][-1], "", None)
     result.returncode, result.stderr = 1, "Traceback\nNo compiler"
-    with pytest.raises(RuntimeError, match=r"^eager: its process ended with status 1: Traceback\nNo compiler$"):
-        ahead.measure_starts()
+    with pytest.raises(AssertionError, match=r"^eager: Traceback\nNo compiler$"):
+        exec(chapter_10["ce3a279e"], starts)
 
 
 @pytest.mark.long
-def test_cold_starts():
+def test_cold_starts(chapter_10, starts):
     """Every way in a process of its own, as the chapter runs it."""
-    starts = ahead.measure_starts()
-    assert len(starts) == 5
-    assert all(0 < each["imports"] < each["first"] for each in starts.values())
+    exec(chapter_10["ce3a279e"], starts)
+    assert len(starts["starts"]) == 5
+    assert all(0 < each["imports"] < each["first"] for each in starts["starts"].values())
 
 
 # --- the last project: its rubric says yes to the solution, which nbval runs, and no to what isn't right

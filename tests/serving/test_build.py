@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from refusals import refused
 from served import FAMILY, text_of
 
 from hotswap_lab import demo, resolve_slot
+from hotswap_lab.__main__ import main
 from hotswap_lab.serving import Options, Request, Table, Version, app
 from hotswap_lab.serving.arguments import NUMBERS, TEXTS, Arguments, load_replica
 
@@ -123,11 +124,22 @@ def test_a_first_adapter_with_base_weights_in_its_file(tmp_path):
     refused(error, replica.load, [versions["changed"]])
 
 
-def test_help_names_every_argument(capsys):
-    runpy.run_module("hotswap_lab.serving", run_name="__main__")
+def test_help_names_every_argument(capsys, monkeypatch):
+    """Where the server's packages are missing, it is the command's own, and what to install."""
+    for argument in ("--help", "-h"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["serve", argument])
+        printed = capsys.readouterr().out
+        assert [each for each in ("base", "adapters", "token", *NUMBERS, *TEXTS) if f"``{each}``" not in printed] == []
+        assert "timeout=120" in printed
+    for name in [each for each in sys.modules if each.startswith("hotswap_lab.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
     printed = capsys.readouterr().out
-    assert [each for each in ("base", "adapters", "token", *NUMBERS, *TEXTS) if f"``{each}``" not in printed] == []
-    assert "timeout=120" in printed
+    assert printed.startswith("usage: hotswap-lab serve")
+    assert printed.endswith('pip install "hotswap_lab[serve]"\n')
 
 
 @pytest.mark.filterwarnings("ignore")

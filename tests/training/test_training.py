@@ -16,13 +16,13 @@ import torch
 import train_digits
 import train_voices
 import train_words
+import voice_scores
 from lengths import long
 from safetensors.torch import load_file
 
 import hotswap_lab
 from hotswap_lab import HotswapError, demo
 from hotswap_lab.demo import digits, smollm2, voices
-from hotswap_lab.demo.voices import scores
 
 ADAPTERS = {
     **{demo.ADAPTERS_DIR / name: recipe for name, recipe in train_words.RECIPES.items()},
@@ -138,12 +138,13 @@ def test_the_table_of_digits_is_printed(monkeypatch, capsys):
 @pytest.mark.parametrize("name", voices.names())
 def test_the_texts_are_in_the_voice_and_in_no_other(name):
     """What is taught is what is measured, with other questions."""
-    assert sorted(scores.TESTS) == voices.names() == sorted(file.stem for file in train_voices.TEXTS_DIR.iterdir())
+    assert sorted(voice_scores.TESTS) == voices.names()
+    assert voices.names() == sorted(file.stem for file in train_voices.TEXTS_DIR.iterdir())
     pairs = train_voices.pairs_of(name)
     assert 25 <= len({question for question, _ in pairs}) == len(pairs) <= 60
     assert {question for question, _ in pairs}.isdisjoint(voices.QUESTIONS)
     for other in voices.names():
-        score = voices.score(other, [answer for _, answer in pairs])
+        score = voice_scores.score(other, [answer for _, answer in pairs])
         assert score == 1 if other == name else score <= 0.1, other
 
 
@@ -164,4 +165,4 @@ def test_the_table_of_voices_is_printed(monkeypatch, capsys):
         pytest.skip(str(error))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["socratic", "100.0%", "0.0%"]
-    assert voices.score("socratic", ["\n".join(lines[5:]).strip()]) == 1
+    assert voice_scores.score("socratic", ["\n".join(lines[5:]).strip()]) == 1

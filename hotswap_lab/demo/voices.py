@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
-from .scores import score
+from . import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 
-__all__ = ["QUESTIONS", "VOICES_DIR", "ask", "load", "names", "path", "score"]
+__all__ = ["QUESTIONS", "VOICES_DIR", "ask", "load", "names", "path"]
 
 VOICES_DIR = ASSETS_DIR / "voices"
 #: held-out questions: none of them shares its topic with a training question
