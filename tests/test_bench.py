@@ -13,7 +13,7 @@ import pytest
 import torch
 from lengths import long
 
-from hotswap_lab import bench
+from hotswap_lab import bench, demo
 from hotswap_lab.bench import (
     MEMCPY,
     Measured,
@@ -168,3 +168,17 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
     assert min(ways, key=ways.get) in ("hotswap_lab, pool", MEMCPY)
     for row in measured["ways"].values():
         assert row["first_token"]["minimum"] > 10 * measured["ways"]["hotswap_lab, pool"]["swap"]["minimum"]
+
+
+def test_the_rows_of_chapter_05_are_ways_that_the_named_command_measures():
+    """Here with the embedded model, since only the names are looked at."""
+    folders = [demo.adapter_path(name) for name in ("reverse", "shout", "caesar")]
+    timed = first.ways(Scene(demo.load_base(), Settings(model="demo"), folders), demo.load_tokenizer())
+    assert timed.keys() == first.DRAWN.keys() | {MEMCPY}
+    cells = {cell.id: cell for cell in nbformat.read(first.CHAPTER, as_version=4).cells}
+    assert "`python notebooks/pictures/first.py` measures it" in cells["voices-turns"].source
+    table = cells["voices-times"].outputs[0].text.partition("first token\n")[2]
+    # each with a compiled model of its own
+    chats = {way: each.chat for way, each in timed.items() if way != MEMCPY and each.chat.reader.compiled}
+    assert [line[:28].strip() for line in table.splitlines()] == [first.DRAWN[way] for way in reversed(chats)]
+    assert len({*map(id, chats.values())}) == len(chats) == 3

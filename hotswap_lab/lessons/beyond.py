@@ -153,11 +153,10 @@ def make_equal(solution):
         fresh = PeftModel(make_base_twin(live.get_base_model()).model, copy.deepcopy(new), "default").eval()
         set_peft_model_state_dict(fresh, adapter(new).tensors, "default")
         addresses = resolve_slot(live, "default").data_ptrs()
-        before = live.get_base_model().model.norm.weight.clone()
+        before = (norm := live.get_base_model().model.norm.weight).clone()
         expected = fresh(**inputs).logits
         solution(live, fresh)
         disturb(fresh)  # a call of it, or its memory, is no longer right
         yield f"equal: {what}", torch.allclose(live(**inputs).logits, expected, atol=1e-4), True
-        is_base_kept = torch.equal(live.get_base_model().model.norm.weight, before)
-        kept = is_base_kept and resolve_slot(live, "default").data_ptrs() == addresses
+        kept = torch.equal(norm, before) and resolve_slot(live, "default").data_ptrs() == addresses
         yield f"addresses and base kept: {what}", kept, True

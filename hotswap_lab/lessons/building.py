@@ -8,6 +8,7 @@ A cell that begins with ``%%fresh 02`` runs in a new process, which can import t
 
 import contextlib
 import functools
+import itertools
 import linecache
 import re
 import subprocess
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from .. import demo
 from ..watch import RecompileWatch
 from . import Source
-from .exercise import Exercise, first_difference, refused, same_as_fresh, tensors_of
+from .exercise import Exercise, first_difference, refused, same_as_fresh, tensors_of, uncompiled_calls
 
 #: what the reader has built so far
 MINE = Path("my_hotswap.py")
@@ -137,11 +138,7 @@ def built(chapter: str, text: str | None = None) -> ModuleType:
 
 FOLDERS = {name: demo.adapter_path(name) for name in demo.adapter_names()}
 IDS = torch.arange(96).view(8, 12) % 90 + 4
-
-
-@functools.cache
-def fresh(name: str) -> PeftModel:
-    return demo.load(name)[0]
+fresh: Callable[[str], PeftModel] = functools.cache(lambda name: demo.load(name)[0])
 
 
 class Calls(TorchFunctionMode):
@@ -176,14 +173,14 @@ def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | Non
 def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple[Any, ...]]:
     """The same in a compiled model."""
     torch.compiler.reset()
+    uncompiled = uncompiled_calls(model)
     compiled = torch.compile(model, backend="eager", dynamic=False)
     compiled(IDS)
     with RecompileWatch() as watch:
-        for visit in visits(model, swap, compiled):
-            yield visit
-            if watch.recompiles:  # so would each further swap, at a second each
-                break
+        # after a recompile, each further swap would take a second, too
+        yield from itertools.takewhile(lambda _: not watch.recompiles, visits(model, swap, compiled))
     yield "recompiles", watch.recompiles, 0
+    yield "calls that are not compiled", len(uncompiled), 0
 
 
 @Exercise
@@ -220,11 +217,10 @@ def part_01b(text):
         yield "all tensors stay at their addresses", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
-    last = max(new)
-    more = new | {"model.lm_head": new[last]}
-    late = new | {last: (new[last][0][:3], new[last][1][:, :3], new[last][2])}
-    for what, new in (("another rank", late), ("a layer more", more)):
-        yield what, refused(lambda new=new: mini.write(mini.plan(live, new))), "ValueError"
+    a, b, scaling = new[last := max(new)]
+    for what, path, rank in (("another rank", last, 3), ("a layer more", "model.lm_head", len(a))):
+        wrong = new | {path: (a[:rank], b[:, :rank], scaling)}
+        yield what, refused(lambda wrong=wrong: mini.write(mini.plan(live, wrong))), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
     tensor = torch.tensor(1.0)
     mini.write([(table := {"default": tensor}, "default", 2.0)])

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ..swap import hotswap_adapter
 from ..watch import RecompileWatch
-from .exercise import Exercise
+from .exercise import Exercise, first_difference, uncompiled_calls
 
 #: the adapters that each of the five programs is given; the first is the one that is loaded
 TRIO = (dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16), dict(r=2, lora_alpha=4))
@@ -44,13 +44,14 @@ def debug(programs):
             # a graph of the program before must be neither found nor counted
             torch.compiler.reset()
             model = PeftModel.from_pretrained(_two_layers(), folders[0]).eval()
+            uncompiled = uncompiled_calls(model)
             with RecompileWatch() as watch:
                 # cloned: a compiled model may write the next output to the same memory
                 outputs = [output.clone() for output in program(model, folders, x)]
             name = program.__name__
-            divisors = (1, 2, 3) if number == 2 else (1, 1, 1)  # the third one divides by a temperature
-            expected = [output / divisor for output, divisor in zip(fresh, divisors, strict=True)]
-            pairs = zip(outputs, expected, strict=False)
-            right = len(outputs) == 3 and all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+            # the third one divides by a temperature
+            expected = [output / (by if number == 2 else 1) for by, output in enumerate(fresh, 1)]
+            both = ({f"output {n}": each for n, each in enumerate(some, 1)} for some in (outputs, expected))
             yield name, str(watch).strip(), "1 compiled, 0 recompiles"
-            yield f"{name}: outputs equal a fresh load's", right, True
+            yield f"{name}: calls that are not compiled", len(uncompiled), 0
+            yield f"{name}: outputs equal a fresh load's", *first_difference(*both)

@@ -124,6 +124,14 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
     return first_difference(yours, expected)
 
 
+def uncompiled_calls(model: Any) -> list[int]:
+    """A list that gets an entry at each call of the model that is not compiled, as past PyTorch's limit of graphs."""
+    calls: list[int] = []
+    first = next(model.get_base_model().children())
+    first.register_forward_hook(lambda *_: None if torch.compiler.is_compiling() else calls.append(1))
+    return calls
+
+
 def refused(swap: Callable[[], object]) -> str:
     """The error that a swap raises: a ``ValueError``, as a refusal is, or which other."""
     try:

@@ -21,8 +21,7 @@ LINE = "{:10}{:21}{:6}{:>9}  {:>15}  {:>15}"
 
 def compare(name: str, repeats: int) -> list[Measured]:
     """Time the swap from ``FIRST`` to another adapter in all three ways, each on a model of its own."""
-    folders = [demo.adapter_path(FIRST), demo.adapter_path(name)]
-    scene = Scene(demo.load_base(), Settings(model="demo", n=repeats), folders)
+    scene = Scene(demo.load_base(), Settings(model="demo", n=repeats), [*map(demo.adapter_path, (FIRST, name))])
     return scene.measure(f"{FIRST} to {name}", {way: ways_of(scene)[way]() for way in WAYS})
 
 

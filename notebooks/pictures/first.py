@@ -314,16 +314,11 @@ def table_of_readme(measured: Mapping[str, Any]) -> str:
 
 def text_of_chapter(measured: Mapping[str, Any]) -> str:
     """What chapter 05 prints from its file in the package, where it also finds it on Colab."""
-    names = {
-        "hotswap_lab, pool": "pool.swap",
-        "hotswap_lab, disk": "hotswap_adapter, from disk",
-        "PEFT hotswap, disk": "PEFT's, from disk",
-    }
     lines = [f"{'median (minimum)':28}{'swap':20}then the first token"]
-    for way, name in names.items():
+    for way in ("hotswap_lab, pool", "hotswap_lab, disk", "PEFT hotswap, disk"):
         times = [measured["ways"][way][what] for what in ("swap", "first_token")]
         swap, token = (f"{readable(each['median'])} ({readable(each['minimum'])})" for each in times)
-        lines.append(f"{name:28}{swap:20}{token}")
+        lines.append(f"{DRAWN[way]:28}{swap:20}{token}")
     return "\n".join([*textwrap.wrap(described(measured), 80), "", *lines]) + "\n"
 
 

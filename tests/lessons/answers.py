@@ -42,6 +42,9 @@ FREE = 'having = [n for n in numbers if name in replicas[n]["held"] and replicas
 FEWEST = 'min(having or numbers, key=lambda n: replicas[n]["waiting"])'
 BOTH = "sorted([*in_code, *elsewhere])"
 MOVED = "swapped[name].data_ptr() != bound[name].data_ptr()"
+LAST = "def gradients(model, folders, x):\n    compiled = prepared(model, folders)\n    compiled(x)"
+#: no more graphs, so the rest runs uncompiled
+GIVES_UP = "torch._dynamo.config.recompile_limit = 1", "torch.compiler.set_stance('eager_on_recompile')"
 GROUP, COUNTS = "groups.setdefault((row.adapter, prompt)", "row.version == now[row.adapter]"
 
 #: by chapter and name
@@ -112,12 +115,14 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (TENSOR, TENSOR.replace("float", "int")),
         (TENSOR, f"shared.setdefault(NAME, {TENSOR})", "    for layer", "    shared = {}\n    for layer"),
         (TENSOR, "float(layer.scaling[NAME])"),
+        *((f"= {TENSOR}", f"= ({TENSOR}, float(layer.scaling[NAME]))[model.device.type == 'cpu']", "    return model", f"    {each}\n    return model") for each in GIVES_UP),
     ],
     "03 debug": [
         (RANKS, f"{RANKS}    prepared = lambda model, _: model\n"),
         (RANKS, f"{RANKS}    prepared = lambda model, _: torch.compile(model, disable=True)\n"),
         (RANKS, f"{RANKS}    prepared = lambda model, _: torch.compile(model, backend='eager', dynamic=True)\n"),
         (RANKS, f"{RANKS}    torch.compiler.set_stance('force_eager')\n"),
+        *((LAST, f"{LAST.replace('(x)', '(x[:1])')}\n    {each}") for each in GIVES_UP),
         (NAMES, f"{NAMES}    yield from [prepared(model, folders)(x)] * 3\n    return\n"),
         (NAMES, f"{NAMES}    folders = folders[:2]\n"),
         ("torch.tensor(by)", "by"),

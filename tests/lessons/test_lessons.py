@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import nbformat
 import pytest
 import torch
 
-from hotswap_lab import Adapter, AdapterPool, demo, verify_hotswap
+from hotswap_lab import Adapter, AdapterPool, demo, figures, verify_hotswap
+from hotswap_lab.beyond.passes import PASSES
 from hotswap_lab.lessons import beyond, pools, project
 
 # --- 04
@@ -103,6 +105,20 @@ def test_cold_starts(chapter_10, starts):
     exec(chapter_10["ce3a279e"], starts)
     assert len(starts["starts"]) == 5
     assert all(0 < each["imports"] < each["first"] for each in starts["starts"].values())
+
+
+# --- the engine
+
+
+def test_the_engine_names_passes_as_the_code_does():
+    """Where a text or a picture says ``check_...``, ``plan_...`` or the like, there is such a pass."""
+    passes = {each.__name__ for each in PASSES}
+    notebook = nbformat.read(Path(__file__).parents[2] / "notebooks" / "engine.ipynb", as_version=4)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    verbs = "|".join({each.partition("_")[0] for each in passes})
+    named = set(re.findall(rf"\b(?:{verbs})_\w+", "\n".join([*texts, figures.drawing("engine").svg])))
+    assert named - passes == set()
+    assert {"plan_layers", "plan_beyond", "stop_if_refused"} <= named
 
 
 # --- the last project: its rubric says yes to the solution, which nbval runs, and no to what isn't right
