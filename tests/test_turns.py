@@ -277,6 +277,20 @@ def test_a_swap_that_would_wait_too_long_is_refused_and_nothing_else_is_held_up(
     assert_equals_fresh_load(model, KIND, folders["new"], prepared=True)
 
 
+def test_a_thread_that_computes_waits_for_a_swap_as_long_as_it_takes(model):
+    inside = threading.Event()
+
+    def swap() -> None:
+        with locked(*bases_of(model)):
+            inside.set()
+            time.sleep(3 * MOMENT)
+
+    swapping = start(swap)
+    assert inside.wait(30)
+    with waiting_at_most(0), in_use(model):  # which limits swaps
+        assert swapping.result(30) is None
+
+
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
 def test_what_is_no_time(seconds):
     with pytest.raises(HotswapError, match="not a valid number of seconds"), waiting_at_most(seconds):

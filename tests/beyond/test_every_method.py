@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import BROKEN, METHODS, save_random_adapter_of
+from adapters import BROKEN, LLAMA, METHODS, save_all, save_random_adapter_of
 from lengths import long
 from lora_kinds import FAMILIES
 from models import call, load
@@ -19,7 +19,7 @@ from oracle import (
     assert_same_outputs,
     nothing_else_changes,
 )
-from peft import PeftType
+from peft import LoHaConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lycoris_utils import LycorisLayer
 from refusals import refused
@@ -86,6 +86,16 @@ def test_every_pair(method_folders, name):
         compare(name, model, new)
         hotswap_adapter(model, old, "default", base_weights=originals)  # back, to layers that it was on before
         compare(name, model, old)
+
+
+def test_back_over_two_swaps_to_the_layers_of_the_first(tmp_path):
+    targets = ["q_proj", "v_proj", "up_proj"]
+    configs = [LoHaConfig(r=2, target_modules=targets[:count]) for count in (3, 2, 1)]
+    first, second, third = save_all(tmp_path, *configs)
+    model = load(LLAMA, first)
+    for folder in (second, third, first):  # without add_layers, since they were there before
+        hotswap_adapter(model, folder, "default")
+        compare("LoHa", model, folder)
 
 
 @pytest.mark.parametrize(

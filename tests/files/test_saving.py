@@ -234,12 +234,17 @@ def test_a_save_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(saving_module, "save_file", fails)
-    before = files_in(tmp_path)
-    for path in ("adapter", "runs/one/adapter", "there/adapter"):
-        with pytest.raises(OSError, match="no space"):
-            save_adapter(load(MLP, folder), tmp_path / path)
-        assert_same(files_in(tmp_path), before)
+    real, before, moved = os.replace, files_in(tmp_path), []
+    # neither while a file is written, nor between the moves of two
+    second_fails = lambda *paths: (moved.append(paths), fails() if len(moved) % 4 == 2 else real(*paths))  # noqa: E731
+    for module, name, failing in ((saving_module, "save_file", fails), (os, "replace", second_fails)):
+        for path in ("adapter", "runs/one/adapter", "there/adapter"):
+            moved.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, failing)
+                with pytest.raises(OSError, match="no space"):
+                    save_adapter(load(MLP, folder), tmp_path / path)
+            assert_same(files_in(tmp_path), before)
 
 
 @pytest.mark.parametrize("table", ["lora_A", "lora_B"])
