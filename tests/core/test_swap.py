@@ -709,6 +709,17 @@ def test_a_plan_that_was_refused_can_not_be_committed(tmp_path):
     refused(r"(?s)unexpected keys found: the old one lacks \d+ layers\.\n.*add_layers=True", commit, plan)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_commit_of_a_model_that_was_loaded_in_inference_mode_and_one_that_was_not(tmp_path, order):
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=4))
+    with torch.inference_mode():
+        models = [load(LINEAR, old)]
+    models += [load(LINEAR, old)]
+    commit(*[plan_hotswap(each, new) for each in models[::order]])
+    for each in models:
+        assert_same_outputs(each, load(LINEAR, new), LINEAR)
+
+
 def test_a_plan_keeps_the_base_weights_that_it_was_given(tmp_path):
     """The loaded adapter has overwritten biases of the base model, whose own ones only the caller has."""
     bert = ARCHITECTURES["bert"]
