@@ -42,7 +42,8 @@ def begin() -> None:
 class Source(str):
     """The code of a function. A notebook shows it as Markdown, whose code every front end highlights in its theme."""
 
-    __repr__ = str.__str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_markdown_(self) -> str:
         return f"```python\n{self}\n```"
