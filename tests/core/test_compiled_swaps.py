@@ -249,6 +249,15 @@ def test_freezing_is_refused(tmp_path, how):
     refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
 
 
+def test_freezing_of_one_part_is_refused(tmp_path):
+    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
+    model = prepared(LINEAR, [old, new])
+    model.base_model.model.first.compile()
+    hotswap_adapter(model, new, "default")
+    model.base_model.model.last.compile(options={"freezing": True})
+    refused("compiled with freezing", hotswap_adapter, model, old, "default")
+
+
 #: what is compiled, and called while freezing is on
 FROZEN = {
     "the model": torch.compile,
