@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import compat
+from .core.compiled import listen
 from .core.report import html_table
 
 T = TypeVar("T")
@@ -126,7 +127,6 @@ class RecompileWatch:
         #: called when a compilation has begun, in the middle of it
         self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
-        self._watching = False
 
     @property
     def compiles(self) -> int:
@@ -147,23 +147,15 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        self._watching = True
-        self._listen()
+        listen(self._on_start)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._watching = False
         if self._on_start in compat.dynamo_callbacks.start_callbacks:
             compat.dynamo_callbacks.remove_start_callback(self._on_start)
 
-    def _listen(self) -> None:
-        # torch.compiler.reset() forgets all listeners
-        if self._watching and self._on_start not in compat.dynamo_callbacks.start_callbacks:
-            compat.dynamo_callbacks.register_start_callback(self._on_start)
-
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
-        self._listen()
         outer, self._current = self._current, (call := Call(label))
         start = time.perf_counter()
         try:

@@ -85,13 +85,19 @@ def test_only_the_block_is_watched():
     assert len(callback_handler.start_callbacks) == before
 
 
-def test_a_reset_of_the_compiler_does_not_make_it_deaf_to_calls():
+def test_a_reset_of_the_compiler_does_not_make_it_deaf():
     compiled = torch.compile(Scaled(), backend="eager", dynamic=False)
+    before = list(callback_handler.start_callbacks)
     with RecompileWatch() as watch:
-        torch.compiler.reset()  # forgets all graphs, and all listeners
-        watch.call("first", compiled, torch.ones(3, 4))
+        for _ in range(2):
+            torch.compiler.reset()  # forgets all graphs, and all listeners
+            compiled(torch.ones(3, 4))
         watch.call("other length", compiled, torch.ones(5, 4))
-    assert (watch.compiles, watch.recompiles) == (1, 1)
+    assert (watch.compiles, watch.recompiles) == (2, 1)
+    torch.compiler.reset()
+    compiled(torch.ones(3, 4))
+    assert watch.compiles == 2, "the block is over"
+    assert set(callback_handler.start_callbacks) <= {*before}, "what others put there is dropped, ours stays"
 
 
 def test_watches_can_be_nested():

@@ -8,7 +8,7 @@ this: freezing copies weights into the graph, and without its guards a graph goe
 import contextlib
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,16 +77,27 @@ frozen: list[weakref.ref[torch.nn.Module] | None] = []
 FREEZING = "which copies the weights into the compiled graph"
 
 
-def watch_freezing() -> None:
-    """Note from now on what is compiled while freezing is on.
+class Listeners(list):
+    """What is called when a compilation begins. ``torch.compiler.reset()`` drops graphs and listeners; ours stay."""
 
-    Importing this module calls it, as do preparing and each plan for a compiled model: ``torch.compiler.reset()`` drops
-    all compiled code and all listeners, and then the notes are dropped as well. What was compiled before isn't seen.
-    """
+    def clear(self) -> None:
+        frozen.clear()
+        self[:] = [each for each in self if getattr(each, "__module__", "").startswith("hotswap_lab.")]
+
+
+def listen(listener: Callable[[Any], None]) -> None:
+    """Have ``listener`` called when a compilation begins, until it is removed from PyTorch's list."""
+    handler = compat.dynamo_callbacks
+    if not isinstance(handler.start_callbacks, Listeners):
+        handler.start_callbacks = Listeners(handler.start_callbacks)
+    if listener not in handler.start_callbacks:
+        handler.start_callbacks.append(listener)
+
+
+def watch_freezing() -> None:
+    """Note from now on what is compiled while freezing is on. What was compiled before isn't seen."""
     with contextlib.suppress(ImportError):
-        if _note_freezing not in compat.dynamo_callbacks.start_callbacks:
-            frozen.clear()
-            compat.dynamo_callbacks.register_start_callback(_note_freezing)
+        listen(_note_freezing)
 
 
 def _note_freezing(_: object) -> None:

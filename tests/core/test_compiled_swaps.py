@@ -30,7 +30,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
     resolve_slot,
 )
-from hotswap_lab.core.compiled import frozen, watch_freezing
+from hotswap_lab.core.compiled import frozen
 from hotswap_lab.files.reading import Adapter
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -273,7 +273,6 @@ FROZEN = {
 def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     """No setting of the model or of the compiler shows it afterwards."""
     old, new = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16))
-    watch_freezing()  # as any plan for a compiled model does
     model, other, inputs = load(LINEAR, old), torch.compile(load(LINEAR, old), backend="eager"), LINEAR.inputs()[:2]
     swap, given = partial(hotswap_adapter, model, new, "default"), model
     if ready == "prepared":
@@ -293,6 +292,10 @@ def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     expected = call(fresh.base_model.model.first if form == "a layer alone" else fresh, inputs)
     torch.testing.assert_close(call(compiled, inputs), expected)
     assert not torch.allclose(call(compiled, inputs), before, atol=1e-2)
+    torch.compiler.reset()  # which makes PyTorch forget all that listen
+    with torch._inductor.config.patch(freezing=True):
+        call(compiled, inputs)
+    refused("was on, which copies the weights", lambda _: swap(), given)
 
 
 #: a process whose first plan comes after compiling
