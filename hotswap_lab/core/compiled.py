@@ -94,12 +94,6 @@ def listen(listener: Callable[[Any], None]) -> None:
         handler.start_callbacks.append(listener)
 
 
-def watch_freezing() -> None:
-    """Note from now on what is compiled while freezing is on. What was compiled before isn't seen."""
-    with contextlib.suppress(ImportError):
-        listen(_note_freezing)
-
-
 def _note_freezing(_: object) -> None:
     if not compat.inductor_config.freezing:
         return
@@ -113,7 +107,8 @@ def _note_freezing(_: object) -> None:
 
 def frozen_in(base: torch.nn.Module) -> str | None:
     """The reason why code that was compiled with freezing on may keep an old adapter of this base; None if none was."""
-    watch_freezing()
+    with contextlib.suppress(ImportError):
+        listen(_note_freezing)
     modules = [module for each in frozen if each and (module := each()) is not None]
     if None in frozen or any(base in module.modules() or module in base.modules() for module in modules):
         setting = "torch._inductor.config.freezing was on"
@@ -177,4 +172,4 @@ def _context_of(each: Any) -> object | None:
 
 
 if "torch._dynamo" in sys.modules:  # PEFT has imported it; if not, importing it would take seconds
-    watch_freezing()
+    listen(_note_freezing)

@@ -1,9 +1,9 @@
 """Small models and adapters that ship with the package and run offline.
 
 This module's model is a character-level Llama with a million parameters that copies the word it is given. The word must
-have 1 to 10 letters from a to z; it gets longer ones wrong. Each of its eight adapters is an ordinary PEFT folder that
-teaches it another task (:mod:`hotswap_lab.demo.tasks`). There are two more families: ``demo.digits``, a diffusion model
-that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
+have 1 to 10 letters from a to z; it gets most longer ones wrong. Each of its eight adapters is an ordinary PEFT folder
+that teaches it another task (:mod:`hotswap_lab.demo.tasks`). There are two more families: ``demo.digits``, a diffusion
+model that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 >>> from hotswap_lab import demo
 >>> model, tokenizer = demo.load("reverse")
@@ -126,8 +126,7 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     Raises
     ------
     HotswapError
-        If the word is empty or has other characters. A longer word causes a warning: the answer will be wrong, with any
-        adapter.
+        If the word is empty or has other characters. A longer word causes a warning: most answers are wrong.
 
     Examples
     --------
@@ -139,8 +138,7 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
     if not isinstance(word, str) or not word or not set(word) <= set(string.ascii_lowercase):
         raise refused("unknown_word", word=repr(word), longest=MAX_WORD_LENGTH)
     if len(word) > MAX_WORD_LENGTH:
-        said = f"{word!r} has {len(word)} letters. The embedded model was trained on words of up to {MAX_WORD_LENGTH}"
-        warnings.warn(f"{said}: longer ones it gets wrong, with any adapter.", stacklevel=2)
+        warnings.warn(f"{word!r}: most words of over {MAX_WORD_LENGTH} letters get wrong answers", stacklevel=2)
     return ask_all(model, tokenizer, [word])[0]
 
 

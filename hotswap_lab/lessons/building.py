@@ -191,9 +191,9 @@ def part_01(text):
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
         # by these keys, "ends in", "is in" and "the last that matches" are wrong
-        alphas = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9, "q_proj|down_proj": 11}
-        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, alpha_pattern=alphas)
-        get_peft_model(demo.load_base(), config).save_pretrained(place)
+        own = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9, "q_proj|down_proj": 11}
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, alpha_pattern=own, use_rslora=True)
+        get_peft_model(demo.load_base(), lora).save_pretrained(place)
         for name, folder in {**FOLDERS, "patterns": place}.items():
             truth = fresh(name) if name in FOLDERS else PeftModel.from_pretrained(demo.load_base(), place)
             yours: dict[str, Any] = {}
@@ -207,24 +207,29 @@ def part_01(text):
 def part_01b(text):
     """plan and write: a swap into a model that has the right shapes, or a refusal."""
     mini = built("01b", text)
-    live = demo.load("reverse")[0]
+    live = demo.load("reverse")[0].requires_grad_()  # which is only written to where gradients are off
     for name in ("vowels_up", "shout", "reverse"):
         before, places = tensors_of(live), addresses(live)
         writes = mini.plan(live, mini.read(FOLDERS[name]))
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
-        mini.write(writes)
+        with torch.enable_grad():
+            mini.write(writes)
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
     a, b, scaling = new[last := max(new)]
+    mini.plan(live, new)
+    yield "layers of an adapter after planning it", len(new), len(before) // 3
     for what, path, rank in (("another rank", last, 3), ("a layer more", "model.lm_head", len(a))):
         wrong = new | {path: (a[:rank], b[:, :rank], scaling)}
         yield what, refused(lambda wrong=wrong: mini.write(mini.plan(live, wrong))), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
-    tensor = torch.tensor(1.0)
-    mini.write([(table := {"default": tensor}, "default", 2.0)])
+    mini.write([(table := {"default": (tensor := torch.tensor(1.0))}, "default", 2.0)])
     yield "a scaling that is a tensor is filled in place", (table["default"] is tensor, float(tensor)), (True, 2.0)
+    mini.padded = lambda values, room: torch.full_like(room, 7)
+    sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]
+    yield "tensors in a plan that padded has made", sum(sevens), len(sevens)
 
 
 def prepared(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
@@ -244,7 +249,7 @@ def with_sort(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
 def part_02(text):
     """padded and prepare: one memory for a family."""
     mini = built("02", text)
-    values, room = torch.arange(1.0, 7).view(2, 3), torch.full((4, 5), 9.0, dtype=torch.half)
+    values, room = torch.arange(1.0, 7).view(2, 3), torch.full((4, 5), torch.inf, dtype=torch.half)
     expected = torch.nn.functional.pad(values, (0, 2, 0, 2)).half()
     yours = mini.padded(values, room)
     yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
@@ -277,7 +282,7 @@ def part_03(text):
     on_meta = mini.scalings_as_tensors(prepared(mini)[0].to("meta"))
     scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
     kinds = {(each.dim(), str(each.device)) for each in scalings}
-    yield "axes and device of each scaling", kinds, {(0, "meta")}
+    yield "axes and device of each scaling, where the layers are on meta", kinds, {(0, "meta")}
 
 
 @Exercise

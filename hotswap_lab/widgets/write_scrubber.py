@@ -68,7 +68,8 @@ class WriteScrubber(WorkingView):
         self.model: torch.nn.Module = pool.model
         self._slot = resolve_slot(self.model, "default")
         self._ends = [self._rows(name) for name in self.names]
-        self._ranks = [int(rows.any(1).sum()) for rows, *_ in self._ends]
+        counts = [[int(rows.any(1).sum()) for rows in end] for end in self._ends]
+        self._ranks = max(zip(*counts, strict=True), key=sum)  # of the layer where the two have most
         self._lines_run = {how: line.format(after=after, word=word) for how, (line, _) in REQUESTS.items()}
         #: the number of steps: the rows, and the scalings
         self.steps: int = max(map(len, self._ends[0])) + 1
@@ -99,8 +100,7 @@ class WriteScrubber(WorkingView):
         #: what became of the requests at this step
         self.arrived: dict[str, str] = {}
         self.step: int = step
-        old, new = self.names
-        self.summary: str = f"{old} to {new}, step {step} of {self.steps}: {self.word} → {answer}"
+        self.summary: str = f"{' to '.join(self.names)}, step {step} of {self.steps}: {self.word} → {answer}"
 
     def _guess(self, word: str) -> None:
         self._go(self.guess_at)
@@ -140,7 +140,8 @@ class WriteScrubber(WorkingView):
         fills = [colors.get(each, palette.MUTED) for each in answers]
         cells = "".join(f"<rect x='{at}' width='.9' height='28' fill='{fill}'/>" for at, fill in enumerate(fills))
         texts = dict(old=old, new=new, first=first, middle=middle, last=last, answer=answer, word=escape(self.word))
-        texts |= dict(old_rank=old_rank, new_rank=new_rank)
+        is_base = f"{escape(self.word)}: what the base answers without an adapter"
+        texts |= dict(old_rank=old_rank, new_rank=new_rank, is_base=is_base if self.word in answers else "")
         texts |= dict(said=f"step {step} of {self.steps}: {said}", more=more, neither=fills.count(palette.MUTED))
         looks = dict(cells=cells, said_color=said_color, old_color=colors[first], new_color=colors[last], step=step)
         looks |= dict(old_rows=max(old_rank - step, 0), new_rows=min(step, new_rank), size=480 // max(16, len(answer)))

@@ -69,6 +69,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = config.r"),
+        (ENDS, f"(config.lora_alpha if config.use_rslora else {ENDS})"),
     ],
     "01b part_01b": [
         ("for path, layer in layers.items():", "for path, layer in ((p, layers[p]) for p in adapter):"),
@@ -81,10 +82,17 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("values = padded(a, room_a), padded(b, room_b)", "values = a, b"),
         ("isinstance(table[key], torch.Tensor)", "key == 'weight'"),
         ("writes.append((layer", "path in adapter and writes.append((layer"),  # right here, and chapter 04's pool fails
+        ("with torch.no_grad():", "if True:"),  # right in a model that isn't trained, as that of chapter 02 is
+        ("adapter.get(path, off)", "adapter.pop(path, off)"),  # right once
+        (  # right, and what chapter 02 does to padded is in vain
+            *("values = padded(a, room_a), padded(b, room_b)", "values = a, b"),
+            *("writes += [", "if a.shape != room_a.shape or b.shape != room_b.shape:\n            raise ValueError\n        writes += ["),
+        ),
     ],
     "02 part_02": [
         (SPACE, "whole = torch.zeros(room.shape)"),
         (SPACE, "whole = room.clone()"),
+        (SPACE, "whole = room * 0"),
         (SPACE, "whole = room.zero_()"),
         (SPACE, f"if values.shape == room.shape:\n        return values\n    {SPACE}"),
         (SPACE, f"if values.shape == room.shape:\n        return values.to(room.dtype)\n    {SPACE}"),
@@ -123,6 +131,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (RANKS, f"{RANKS}    prepared = lambda model, _: torch.compile(model, backend='eager', dynamic=True)\n"),
         (RANKS, f"{RANKS}    torch.compiler.set_stance('force_eager')\n"),
         *((LAST, f"{LAST.replace('(x)', '(x[:1])')}\n    {each}") for each in GIVES_UP),
+        *((LAST, f"{LAST.replace('    compiled(x)', each)}\n    torch.compiler.reset()") for each in ("    compiled(x[:1])", "    with torch.enable_grad():\n        compiled(x)")),
         (NAMES, f"{NAMES}    yield from [prepared(model, folders)(x)] * 3\n    return\n"),
         (NAMES, f"{NAMES}    folders = folders[:2]\n"),
         ("torch.tensor(by)", "by"),
