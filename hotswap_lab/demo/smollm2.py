@@ -113,11 +113,8 @@ def _download() -> Source:
         paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
         return Source("hub", Path(paths[0]).parent)
     except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
-        found = str(error) or type(error).__name__
-        variable, ways = PATH_VARIABLE, WAYS_TO_GET_IT
-        raise refused(
-            "smollm2_not_fetched", found=found, model=MODEL_ID, package=GGUF_PACKAGE, variable=variable, ways=ways
-        ) from None
+        why = str(error) or type(error).__name__
+        raise refused("smollm2_not_fetched", why=why, model=MODEL_ID, ways=WAYS_TO_GET_IT) from None
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:

@@ -137,7 +137,8 @@ class LoadedAlone:
         parts = list(self._start)
         owner, module = None, self._carrier
         for part in live_name.split(".") if live_name else ():
-            if part in self._others and is_table(module) and (is_wrapper(owner) or isinstance(owner, BaseTuner)):
+            of_peft = is_wrapper(owner) or (isinstance(owner, BaseTuner) and module is not owner.model)
+            if part in self._others and of_peft and is_table(module):
                 return None
             if part != COMPILED and not (part in INSIDE and self._is_missing(module)):
                 parts.append(part)

@@ -158,7 +158,8 @@ def calls(run: Callable[..., object], *arguments: object) -> int:
 
 
 def addresses(model: torch.nn.Module) -> list[int]:
-    return [each.data_ptr() for each in model.parameters()]
+    own = filter(torch.is_tensor, vars(model).values())
+    return [each.data_ptr() for each in (*model.parameters(), *model.buffers(), *own)]
 
 
 def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
@@ -330,7 +331,11 @@ def part_08(text):
         torch.manual_seed(0)
         biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
         layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
+    too_high = refused(lambda: layer.assign(0, a.repeat(2, 1), b.repeat(1, 2), 1.0))
+    yield "a rank above the room is an error", too_high != "no error", True
+    places = addresses(layer)
     layer.assign(1, a, b * torch.inf, 1.0)
+    yield "all tensors stay at their addresses", addresses(layer) == places, True
     layer.assign(1, a[:1], b[:, :1], 0.5)
     expected = biased(token)
     expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T

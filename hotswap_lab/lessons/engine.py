@@ -108,8 +108,8 @@ def mistakes(number: int) -> dict[str, Any]:
 def search(solution):
     """Swap an adapter in, and return a layer's scaling as each of four files has it. About 8 lines."""
     model, _ = demo.load("reverse")
-    right, path = 1.0, "model.layers.1.mlp.up_proj"  # alpha 8, rank 8
-    folder = demo.adapter_path("shout")
+    right, path = 4.0, "model.layers.2.self_attn.v_proj"  # alpha 8, rank 2
+    folder = demo.adapter_path("double")  # neither is one that the notebook has used before
     prepare_model_for_compiled_hotswap(model, adapters=[folder])
     files = mistakes([layer.path for layer in resolve_slot(model, "default").layers].index(path))
 

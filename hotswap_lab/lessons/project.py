@@ -45,7 +45,7 @@ def swapped_in_while_it_trained(
     return is_swapped and learned, f"{answers}; the live model matches a fresh load: {is_swapped}"
 
 
-def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
+def in_a_pool_with_rows(adapter: str, live: Any, pool: AdapterPool) -> tuple[bool, str]:
     names, words = [MINE, "reverse", None, MINE], WORDS[:4]
     with pool.assigned(names):
         said = demo.ask_all(pool.model, demo.load_tokenizer(), words)
@@ -53,7 +53,8 @@ def in_a_pool_with_rows(adapter: str, pool: AdapterPool) -> tuple[bool, str]:
     expected = [_asked(models[name], [word])[0] for name, word in zip(names, words, strict=True)]
     missing = {MINE, *demo.adapter_names()} - {*pool}
     lacks = f"; not in the pool: {', '.join(sorted(missing))}" if missing else ""
-    return said == expected and not missing, f"{', '.join(said)}; expected {', '.join(expected)}{lacks}"
+    lacks += "" if (same := pool.model is live) else "; it is not the pool of live"
+    return said == expected and same and not missing, f"{', '.join(said)}; expected {', '.join(expected)}{lacks}"
 
 
 def compiled_once(adapter: str, pool: AdapterPool, compiled: Any) -> tuple[bool, str]:

@@ -1,6 +1,7 @@
 """Mixes of adapters by weight, computed exactly: their rank components are concatenated."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def _config_of(slot: Slot, settings: Sequence[LayerSettings | None], configs: Se
     whole = _of_mix(max(ranks.values(), default=like.r))
     for setting in SETTINGS:
         setattr(config, setting.field, getattr(whole, setting.name))
-    config.rank_pattern = {f"^{path}": rank for path, rank in ranks.items() if rank != config.r}
+    config.rank_pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     retarget(config, ranks, slot.host.base)
     return config

@@ -268,6 +268,13 @@ def test_a_model_that_peft_prepared(tmp_path):
     assert_equals_fresh_load(model, LLAMA, folders[3], prepared=True)
 
 
+def test_a_rank_above_the_room_is_named_with_its_layer(tmp_path):
+    """The first layer without room is not the one of the highest rank."""
+    old, new = save_family(LINEAR, tmp_path, dict(r=2), dict(r=3, rank_pattern={"last": 6}))
+    prepare_model_for_compiled_hotswap(model := load(LINEAR, old), target_rank=2)
+    refused(r"(?s)at 4 layers.*rank 6, for example at last\n.*rank 2 at most", hotswap_adapter, model, new)
+
+
 def test_configs_follow_as_with_peft_but_the_live_ones_never(tmp_path):
     model = load(LINEAR, *save_family(LINEAR, tmp_path, dict(r=2)))
     mine = LoraConfig(r=3, rank_pattern={"last": 1}, target_modules=["last"])

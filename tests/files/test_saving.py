@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import save_random_adapter_of
-from models import ARCHITECTURES, KINDS, load, save_family, save_random_adapter
+from models import ARCHITECTURES, KINDS, Kind, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, assert_same_tensors, config_of, files_in
 from peft import (
     AdaptionPromptConfig,
@@ -163,6 +163,25 @@ def test_the_names_of_other_adapters_take_nothing_away(tmp_path, method, name):
     model = load(LLAMA, folders[0])
     model.load_adapter(folders[1], name)
     for folder, each in zip(folders, ("default", name), strict=True):
+        assert_saves(model, folder, each)
+
+
+class Towers(torch.nn.ModuleDict):
+    """A base model that is itself of a type that PEFT's tables are of."""
+
+    def __init__(self):
+        super().__init__({name: torch.nn.Linear(8, 8) for name in ("text", "image")})
+
+    def forward(self, x):
+        return self["text"](x) + self["image"](x)
+
+
+def test_an_adapter_with_the_name_of_a_module_of_a_base_that_is_a_dict(tmp_path):
+    kind = Kind(Towers, lambda: torch.randn(3, 8), ("text", "image"))
+    folders = [save_random_adapter(kind, tmp_path / str(seed), seed=seed, r=2) for seed in (1, 2)]
+    model = load(kind, folders[0])
+    model.load_adapter(folders[1], "image")
+    for folder, each in zip(folders, ("default", "image"), strict=True):
         assert_saves(model, folder, each)
 
 

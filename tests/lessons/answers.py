@@ -214,6 +214,9 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("tensors[name].copy_(tensor)", "tensors[name].data = tensor.data"),
         ("tensors[name].copy_(tensor)", "tensor.copy_(tensors[name])"),
         ("tensors[name].copy_(tensor)", "tensors[name].add_(tensor)"),
+        # without buffers that are not saved
+        ("    tensors = dict(live.named_parameters()) | dict(live.named_buffers())\n", "", "    for name, tensor in [*fresh.named_parameters(), *fresh.named_buffers()]:\n        tensors[name].copy_(tensor)\n", "    live.load_state_dict(fresh.state_dict())\n"),
+        ("module.scaling.update(other.scaling)", 'module.scaling["default"] = fresh.peft_config["default"].lora_alpha / fresh.peft_config["default"].r'),
     ],
     "08 part_08": [
         ("padded(b * scaling", "padded(b"),
@@ -234,6 +237,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])", "self.a[row] += padded(a, self.a[row])\n        self.b[row] += padded(b * scaling, self.b[row])"),
         ("padded(b * scaling", "padded(b", ADDED, f"self.scaling * {ADDED}", "self.a[row], self", "self.scaling = scaling\n        self.a[row], self", "self.linear =", "self.scaling = 0.0\n        self.linear ="),
         ("self.a[row], self.b[row] =", "self.a[row - 1], self.b[row - 1] ="),
+        (ASSIGN, f"self.a.data, self.b.data = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
+        (ASSIGN, f"most = self.a.shape[1]\n        a, b = a[:most], b[:, :most]\n        {ASSIGN}"),  # what has no place is cut off
         ("self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])", "self.linear.weight += b @ a * scaling"),
     ],
     "09 choose_replica": [
@@ -255,6 +260,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (MOVED, "swapped[name] is not bound[name]"),
         (MOVED, "not swapped[name].equal(bound[name])"),
         (BOTH, f"{BOTH}[::-1]"),
+        (MOVED, MOVED.replace(".data_ptr()", ".untyped_storage().data_ptr()")),  # a pool's tensors have one storage
+        (MOVED, "swapped[name].data_ptr() not in {each.data_ptr() for each in bound.values()}"),
         (BOTH, "[each for each in swapped if each in {*in_code, *elsewhere}]"),
         (BOTH, "sorted(swapped.keys() - {*in_code, *elsewhere})"),
         (BOTH, "{*in_code, *elsewhere}"),
@@ -275,6 +282,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("    return found", "    return [each for each, row in zip(found, rows) if row.version == now[row.adapter]]"),
         (COUNTS, "row.version == max(each.version for each in rows if each.adapter == row.adapter)"),
         (COUNTS, "row.version == max(now.values())"),
+        (COUNTS, "row.version in now.values()"),
+        ("            found[number] = each - mean", "            found[number] = each - mean if len(group) > 1 else each"),
     ],
     "engine my_gains": [
         ('table["default"] * gain', "gain"),
@@ -292,6 +301,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ('prepared=table["default"]', "prepared=of_memory"),
         ("the_room.scalings[0][number, 0]", "the_room.scalings[0][0, 0]"),
         ("settings=settings[number].scaling", "settings=of_memory"),
+        ("Adapter.load(folder)", "Adapter.load(folder.replace('double', 'shout'))"),  # the notebook's own
     ],
 }
 

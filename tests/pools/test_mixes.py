@@ -63,6 +63,27 @@ def test_paths_that_are_ends_of_other_paths(tmp_path):
     assert_equals_fresh_load(model, kind, tmp_path / "outer", prepared=True)
 
 
+class Alike(nn.Module):
+    """Paths of which one, as a regular expression, is also the other: in ``a.b``, the dot is any letter."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.a_b = nn.ModuleDict({"b": nn.Linear(8, 8)}), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a_b(self.a["b"](x))
+
+
+def test_the_ranks_of_a_saved_mix_are_for_its_own_layers(tmp_path):
+    kind = Kind(Alike, lambda: torch.randn(3, 8), ("a.b", "a_b"))
+    ranks = dict(r=4, target_modules=["a.b", "a_b"], rank_pattern={r"^a\.b": 1})
+    sources = {str(n): save_random_adapter(kind, tmp_path / str(n), seed=n, **ranks) for n in (1, 2)}
+    model = load(kind, sources["1"])
+    AdapterPool(model, adapters=sources, target_rank=8, progress=False).swap({"1": 0.5, "2": 0.5})
+    save_adapter(model, tmp_path / "mix")
+    assert_equals_fresh_load(model, kind, tmp_path / "mix", prepared=True)
+
+
 def test_a_saved_mix_of_many_layers_is_what_the_model_has(tmp_path):
     """A fresh load shortens twenty names of layers or more."""
     model, _ = demo.load("reverse")
