@@ -51,5 +51,6 @@ def choose_replica(solution):
         held = ({"sort"}, {"shout"}, {"shout", "sort"})
         replicas = [{"held": set(h), "waiting": w} for h, w in zip(held, waiting, strict=True)]
         for name in ("shout", "double"):
-            waits = lambda n: (name not in held[n] or replicas[n]["waiting"] >= 3, replicas[n]["waiting"])  # noqa: E731
-            yield f"{name}, {what}", solution(name, replicas, 3), min(range(3), key=waits)
+            yours = solution(name, replicas, 3)
+            waits = [(name not in each["held"] or each["waiting"] >= 3, each["waiting"]) for each in replicas]
+            yield f"{name}, {what}", yours, waits.index(min(waits))
