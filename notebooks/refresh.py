@@ -15,6 +15,7 @@ pyproject.toml: it is changed there, and then here by running this script.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import shutil
@@ -97,15 +98,21 @@ def _pictures(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def add_pngs(notebook: nbformat.NotebookNode, former: nbformat.NotebookNode) -> None:
-    """Puts a PNG next to each SVG: that of the former notebook, if it has the same picture."""
-    known = {each.data[SVG]: (each.data[PNG], each.metadata[PNG]) for each in _pictures(former) if PNG in each.data}
+    """Puts a PNG next to each SVG: that of the former notebook, if it was drawn from the same one."""
+    drawn = [each for each in _pictures(former) if each.metadata.get(PNG, {}).get("of") == digest(each.data[SVG])]
+    known = {each.data[SVG]: (each.data[PNG], each.metadata[PNG]) for each in drawn}
     missing = {each.data[SVG] for each in _pictures(notebook)} - known.keys()
     if missing:
         known |= _drawn(sorted(missing))
     for each in _pictures(notebook):
         each.data[PNG], size = known[each.data[SVG]]
         # nbconvert's classic template makes the text form the image's `alt`; JupyterLab 4.6 has no way to set one
-        each.metadata = {PNG: {**size, "alt": each.data["text/plain"]}}
+        each.metadata = {PNG: {**size, "alt": each.data["text/plain"], "of": digest(each.data[SVG])}}
+
+
+def digest(svg: str) -> str:
+    """What a PNG notes of the SVG that it was drawn from: it could be an older one's."""
+    return hashlib.sha256(svg.encode()).hexdigest()[:12]
 
 
 def _drawn(svgs: list[str]) -> dict[str, tuple[str, dict[str, int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import re
 import runpy
@@ -103,6 +104,7 @@ def test_outputs_are_stored_and_clean(notebook):
         if svg := output.get("data", {}).get("image/svg+xml"):  # JupyterLab shows only PNG in a fresh clone
             png, size = base64.b64decode(output.data["image/png"]), output.metadata["image/png"]
             assert png.startswith(b"\x89PNG")
+            assert size["of"] == hashlib.sha256(svg.encode()).hexdigest()[:12], "notebooks/refresh.py --pictures"
             # twice as many pixels as it is shown with
             pixels = [int.from_bytes(png[at : at + 4], "big") for at in (16, 20)]
             assert pixels == [2 * size["width"], 2 * size["height"]]
