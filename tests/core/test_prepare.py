@@ -214,6 +214,7 @@ def test_other_adapters_come_and_go_on_a_prepared_model(tmp_path):
     assert_equals_fresh_load(model, LINEAR, larger, activated=True)
     hotswap_adapter(model, second, "default")
     assert_same_outputs(model, load(LINEAR, second), LINEAR)
+    assert {each.capacity for each in resolve_slot(model, "default").tensors} == {4}, "it is not prepared"
 
 
 # ---- other models
