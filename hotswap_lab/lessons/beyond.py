@@ -137,8 +137,7 @@ def turn_off(solution):
 #: by what differs between the two adapters: the old and the new config
 SAME_STRUCTURE: dict[str, Any] = {
     "values of parameters": (_ia3("down_proj"), _ia3("down_proj")),
-    # a buffer that is not saved is in no state dict
-    "values of buffers, too": [_vera(4, projection_prng_key=key, save_projection=False) for key in (0, 7)],
+    "values of buffers, too": [_vera(4, projection_prng_key=key) for key in (0, 7)],
     "numbers, too": (_lora(4), _lora(4, alpha_pattern={"q_proj": 3}, use_rslora=True)),
 }
 

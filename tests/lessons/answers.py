@@ -214,8 +214,6 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("tensors[name].copy_(tensor)", "tensors[name].data = tensor.data"),
         ("tensors[name].copy_(tensor)", "tensor.copy_(tensors[name])"),
         ("tensors[name].copy_(tensor)", "tensors[name].add_(tensor)"),
-        # without buffers that are not saved
-        ("    tensors = dict(live.named_parameters()) | dict(live.named_buffers())\n", "", "    for name, tensor in [*fresh.named_parameters(), *fresh.named_buffers()]:\n        tensors[name].copy_(tensor)\n", "    live.load_state_dict(fresh.state_dict())\n"),
         ("module.scaling.update(other.scaling)", 'module.scaling["default"] = fresh.peft_config["default"].lora_alpha / fresh.peft_config["default"].r'),
     ],
     "08 part_08": [
