@@ -20,13 +20,29 @@ from lengths import few_of, long
 from models import KINDS, Kind, load, lora_layers, save_random_adapter
 from refusals import refused
 from torch import nn
+from torch.utils._sympy import functions
 
 from hotswap_lab import HotswapError, demo
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 from hotswap_lab.ahead.file import seal
+from hotswap_lab.ahead.sizes import Sizes
 
 AUTO = torch.export.Dim.AUTO
 LLAMA, LINEAR = KINDS["llama"], KINDS["linear"]
+
+
+#: functions of sizes that a condition may have, with numbers that divide and that don't
+FUNCTIONS = ("CeilDiv({0}, 4)", "FloorDiv({0}, 4)", "Mod({0}, 4)", "ModularIndexing({0}, 2, 3)", "PythonMod({0}, 4)")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_of_a_size_is_what_it_is_to_pytorch(function):
+    name, rest = function.split("(", 1)
+    for size in range(1, 14):
+        value = int(getattr(functions, name)(*eval(f"({rest.format(size)}")))
+        for other in (value - 1, value, value + 1):
+            fits = Sizes({"s0": "x.shape[0]"}, [f"Eq({function.format('s0')}, {other})"]).fit(size)
+            assert fits == (other == value), (size, other)
 
 
 def granite(**settings: object) -> nn.Module:

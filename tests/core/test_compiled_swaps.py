@@ -249,6 +249,14 @@ def test_freezing_is_refused(tmp_path, how):
     refused("compiled with freezing", hotswap_adapter, compiled, new, "default")
 
 
+def test_preparing_while_freezing_is_on_is_refused(tmp_path):
+    """What will be compiled, or who compiles it, can't be seen yet."""
+    model = load(LINEAR, *save_family(LINEAR, tmp_path, dict(r=4)))
+    with torch._inductor.config.patch(freezing=True):
+        refused("freezing is on", prepare_model_for_compiled_hotswap, model, target_rank=8)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
 def test_freezing_of_one_part_is_refused(tmp_path):
     old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
     model = prepared(LINEAR, [old, new])

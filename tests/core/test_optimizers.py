@@ -94,6 +94,18 @@ def test_a_fused_step_is_right_or_refused(tmp_path, kind, ready):
             assert (expected - was).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("frozen", [0, -1, None])
+def test_gradients_of_the_old_adapter_go_whatever_is_frozen(tmp_path, frozen):
+    old, new = save_family(KINDS["linear"], tmp_path, dict(r=4), dict(r=4))
+    parameters = trained(model := prepare(load(KINDS["linear"], old, is_trainable=True)))
+    if frozen is not None:
+        parameters.pop(frozen).requires_grad_(False)
+    for each in parameters:
+        each.grad = torch.ones_like(each)
+    hotswap_adapter(model, new)
+    assert [each.grad for each in parameters] == [None] * len(parameters)
+
+
 def test_what_else_a_fused_kernel_takes_for_one_piece(tmp_path):
     """The gradient, and the state, which a file may have with the strides of another model; nothing that is frozen."""
     [folder] = save_family(KINDS["linear"], tmp_path, dict(r=4))

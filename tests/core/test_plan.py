@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hotswap_lab import (
     Adapter,
@@ -185,6 +186,27 @@ def test_inits_that_leave_the_base_alone_are_fine(model, new):
         edit(new, with_config(init_lora_weights=init))
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, LLAMA, new)
+
+
+class TwoForms(nn.Module):
+    """Layers that store their weights in either way; a config says which of them its layers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Conv1D(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize(("targets", "fan_in_fan_out"), [(["first"], True), (["last"], False)])
+def test_a_layer_that_is_off_does_not_say_how_weights_are_stored(tmp_path, targets, fan_in_fan_out):
+    kind = Kind(TwoForms, lambda: torch.randn(3, 8), ("first", "last"))
+    options = dict(r=2, target_modules=targets, fan_in_fan_out=fan_in_fan_out)
+    new, whole = save_family(kind, tmp_path, options, dict(r=2))
+    hotswap_adapter(model := load(kind, whole), new)
+    assert model.peft_config["default"].fan_in_fan_out == load(kind, new).peft_config["default"].fan_in_fan_out
+    assert_same_outputs(load(kind, new), model, kind)
 
 
 LOADED = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, save_random_adapter
+from models import KINDS, Kind, save_random_adapter
 from mutations import WEIGHTS
 from oracle import assert_same_tensors
 from refusals import refused
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hotswap_lab import Adapter, demo
-from hotswap_lab.files.weights_file import LONGEST, layout_of, map_weights
+from hotswap_lab.files.weights_file import FOR_ONE_THREAD, LONGEST, layout_of, map_weights
 
 
 def parts(folder: Path) -> tuple[dict, bytes]:
@@ -152,6 +152,17 @@ def test_one_bad_number_among_many_is_found(path, value, for_one_swap):
         assert Adapter.load(folder, for_one_swap=for_one_swap)
     else:
         refused(key, Adapter.load, folder, for_one_swap=for_one_swap)
+
+
+def test_a_bad_number_behind_what_one_thread_checks_is_found(path):
+    """A file so large is summed by all threads."""
+    kind = Kind(lambda: torch.nn.Sequential(torch.nn.Linear(1024, 1024)), lambda: torch.ones(2, 1024), ("0",))
+    folder = save_random_adapter(kind, path.parent, seed=1, r=520)
+    tensors = load_file(path)
+    assert sum(each.numel() for each in tensors.values()) > FOR_ONE_THREAD
+    tensors[max(tensors)][-1, -1] = torch.nan
+    save_file(tensors, path)
+    refused("lora_B", Adapter.load, folder, for_one_swap=True)
 
 
 @pytest.mark.parametrize("twice", ['"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},', ""])

@@ -440,6 +440,9 @@ def test_logprobs_of_completions():
     chunks = asked_of(Fake(tokens=TOKENS), logprobs=2, seed=77, stream=True)
     assert [chunk.choices[0].logprobs.text_offset for chunk in chunks[:2]] == [[0, 1], [1, 2]]
     assert asked_of(Fake()).choices[0].logprobs is None
+    both = [chunk.choices[0] for chunk in asked_of(Fake(tokens=TOKENS), logprobs=2, n=2, seed=77, stream=True)]
+    for index in (0, 1):  # each counts its own text
+        assert [each.logprobs.text_offset for each in both if each.index == index and each.logprobs] == [[0, 1], [1, 2]]
 
 
 @pytest.mark.parametrize("stream", [False, True])
