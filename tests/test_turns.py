@@ -442,9 +442,10 @@ def test_those_who_wait_while_models_get_one_turn_wait_for_all_of_them(folders):
     bases, last = [bases_of(each)[0] for each in models], models[1]
     early = in_use(last)
     with locked(*bases):
-        waiting = start(hotswap_adapter, last, folders["new"], "default")
+        waiting = [start(hotswap_adapter, last, folders["new"], "default"), *(start(enter, each) for each in models)]
         share_turn(bases)
-    waiting.result(60)
+    for each in waiting:
+        each.result(60)
     for block, other in ((locked(bases[0]), last), (early, models[0])):
         with block:
             swap = start(hotswap_adapter, other, folders["old"], "default")
