@@ -104,8 +104,10 @@ def downloads(hub: StandInHub) -> list[str]:
 # ---- one adapter
 
 
-def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, tmp_path, monkeypatch):
+def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, folders, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
+    hub.add("team/alone", folders["third"])
+    swaps_in("third", "team/alone", cache_dir=cache)
     swaps_in("new")
     swaps_in("second", revision="v2")
     swaps_in("third", subfolder="inner")
@@ -119,9 +121,10 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, t
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(hf_api.api, "endpoint", nobody)
     swaps_in("new", endpoint=hub.url, cache_dir=tmp_path / "another")
+    swaps_in("third", "team/alone", cache_dir=cache)  # which alone has it, where the Hub can't be reached
     assert list(cache.glob(f"models--team--secret/snapshots/*/{WEIGHTS}"))
     # each file once, and nothing else of the repository
-    assert downloads(hub) == sorted(7 * BOTH)
+    assert downloads(hub) == sorted(8 * BOTH)
 
 
 def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):

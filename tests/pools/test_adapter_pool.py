@@ -93,6 +93,9 @@ def test_the_loaded_adapter_is_recognised_and_the_only_one_needs_no_name(sources
     with model.disable_adapter():
         assert pool.active is None
     assert pool_of(model, {"b": sources["b"]}).active is None
+    other = load(LLAMA, sources["a"])
+    other.peft_config["default"].exclude_modules = {"none"}
+    assert pool_of(other, sources).active is None, "the same weights, and another config"
     model.load_adapter(sources["c"], "other")
     model.set_adapter("other")
     assert pool.active is None
