@@ -151,7 +151,8 @@ class RecompileWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        compat.dynamo_callbacks.remove_start_callback(self._on_start)
+        if self._on_start in compat.dynamo_callbacks.start_callbacks:  # as it isn't after a block of its own inside
+            compat.dynamo_callbacks.remove_start_callback(self._on_start)
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""

@@ -100,6 +100,12 @@ def test_a_reset_of_the_compiler_does_not_make_it_deaf():
     assert set(callback_handler.start_callbacks) <= {*before}, "what others put there is dropped, ours stays"
 
 
+def test_a_block_of_the_same_watch_inside_its_own():
+    with RecompileWatch() as watch, watch:
+        pass
+    assert watch._on_start not in callback_handler.start_callbacks
+
+
 def test_watches_can_be_nested():
     model = Scaled()
     compiled = torch.compile(model, backend="eager", dynamic=False)

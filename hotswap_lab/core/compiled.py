@@ -88,10 +88,8 @@ class Listeners(list):
 def listen(listener: Callable[[Any], None]) -> None:
     """Have ``listener`` called when a compilation begins, until it is removed from PyTorch's list."""
     handler = compat.dynamo_callbacks
-    if not isinstance(handler.start_callbacks, Listeners):
-        handler.start_callbacks = Listeners(handler.start_callbacks)
-    if listener not in handler.start_callbacks:
-        handler.start_callbacks.append(listener)
+    others = [each for each in handler.start_callbacks if each != listener]
+    handler.start_callbacks = Listeners([*others, listener])
 
 
 def _note_freezing(_: object) -> None:
