@@ -77,7 +77,7 @@ frozen: list[weakref.ref[torch.nn.Module] | None] = []
 FREEZING = "which copies the weights into the compiled graph"
 
 
-class Listeners(list):
+class Listeners(list[Callable[[Any], None]]):
     """What is called when a compilation begins. ``torch.compiler.reset()`` drops graphs and listeners; ours stay."""
 
     def clear(self) -> None:
