@@ -70,5 +70,5 @@ def test_words_that_the_model_can_not_know_are_refused(live, word):
 
 
 def test_long_words_come_with_a_warning(live):
-    with pytest.warns(UserWarning, match="13 letters"):
+    with pytest.warns(UserWarning, match="over 10 letters"):
         demo.ask(*live, "understanding")
