@@ -82,14 +82,16 @@ class Listeners(list[Callable[[Any], None]]):
 
     def clear(self) -> None:
         frozen.clear()
-        self[:] = [each for each in self if getattr(each, "__module__", "").startswith("hotswap_lab.")]
+        self[:] = [each for each in self if (getattr(each, "__module__", None) or "").startswith("hotswap_lab.")]
 
 
 def listen(listener: Callable[[Any], None]) -> None:
     """Have ``listener`` called when a compilation begins, until it is removed from PyTorch's list."""
     handler = compat.dynamo_callbacks
-    others = [each for each in handler.start_callbacks if each != listener]
-    handler.start_callbacks = Listeners([*others, listener])
+    if not isinstance(handler.start_callbacks, Listeners):
+        handler.start_callbacks = Listeners(handler.start_callbacks)
+    if listener not in handler.start_callbacks:
+        handler.start_callbacks.append(listener)
 
 
 def _note_freezing(_: object) -> None:

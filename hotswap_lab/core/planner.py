@@ -251,7 +251,7 @@ def check_capacity(plan: Plan) -> None:
         return
     ranks = [(each.rank_after or 0, each.layer.tensors[0].capacity or 0, each.path) for each in padded]
     if lacking := [each for each in ranks if each[0] > each[1]]:
-        (highest, _, path), room = max(lacking, key=lambda each: each[0]), max(room for _, room, _ in lacking)
+        highest, room, path = max(lacking, key=lambda each: each[0])
         plan.refuse("rank_above_room", count=len(lacking), highest=highest, path=path, room=room)
 
 

@@ -379,11 +379,12 @@ class AdapterPool:
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
         """Give each row of the next batches its own adapter. Only rows that change are written.
 
-        A proof runs before the first batch of each kind of inputs (their names, dtypes and numbers of axes) whose rows
-        differ: ``2 + log2(rows)`` forwards, with a random adapter in some of the rows, show that the model keeps rows
-        apart. If a layer does not, the forward refuses it by name. If other inputs than tokens feed a layer with an
-        adapter, as images do, each batch is proven. The proof changes nothing, but its forwards call the user's own
-        hooks. Call the model itself, with the whole batch: a library that sorts it gives the rows to other inputs.
+        A proof runs before the first batch of each kind of inputs (their names, dtypes and numbers of axes) whose
+        rows differ: ``2 + log2(rows)`` forwards, or three times as many where the rows may have other lengths, with a
+        random adapter in some of the rows, show that the model keeps rows apart. If a layer does not, the forward
+        refuses it by name. If other inputs than tokens feed a layer with an adapter, as images do, each batch is
+        proven. The proof changes nothing, but its forwards call the user's own hooks. Call the model itself, with the
+        whole batch: a library that sorts it gives the rows to other inputs.
 
         Parameters
         ----------

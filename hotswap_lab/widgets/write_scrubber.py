@@ -68,8 +68,8 @@ class WriteScrubber(WorkingView):
         self.model: torch.nn.Module = pool.model
         self._slot = resolve_slot(self.model, "default")
         self._ends = [self._rows(name) for name in self.names]
-        counts = [[int(rows.any(1).sum()) for rows in end] for end in self._ends]
-        self._ranks = max(zip(*counts, strict=True), key=sum)  # of the layer where the two have most
+        # of the layer where the two have most
+        self._ranks = max(zip(*([int(rows.any(1).sum()) for rows in end] for end in self._ends), strict=True), key=sum)
         self._lines_run = {how: line.format(after=after, word=word) for how, (line, _) in REQUESTS.items()}
         #: the number of steps: the rows, and the scalings
         self.steps: int = max(map(len, self._ends[0])) + 1
