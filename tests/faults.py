@@ -46,7 +46,7 @@ HOLDING = "interrupts_held"
 UNFAILING = frozenset(
     {"__enter__", "__exit__", "release", "reset", "signal", "getsignal", "set_state", "setstate", "_is_owned"}
 )
-UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove", "list.pop", "get_ident"}
+UNFAILING |= {"_set_grad_enabled", "is_grad_enabled", "list.remove", "Listeners.remove", "list.pop", "get_ident"}
 UNFAILING |= {"_pop_torch_function_stack"}
 #: by which contextlib enters and leaves blocks; what they run may fail, and is looked at by itself
 UNFAILING |= {"next", "generator.throw", "generator.close"}

@@ -166,7 +166,7 @@ def test_compiled_means_a_graph_for_all_nine_also_at_a_second_try(capsys):
         pool = AdapterPool(live, adapters=family, rows=4, progress=False)
         compiled = torch.compile(pool.model, backend="eager", dynamic=False)
         for given, mark in ((compiled, marks[1]), (pool.model, "✗")):
-            found = judged(capsys, adapter=folders["mine"], pool=pool, compiled=given)
+            found = judged(capsys, adapter=folders["mine"], live=live, pool=pool, compiled=given)
             assert (found["in a pool with rows"][0], found["compiled once"][0]) == (marks[0], mark), found
 
 
