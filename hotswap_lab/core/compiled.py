@@ -91,7 +91,7 @@ def listen(listener: Callable[[Any], None]) -> None:
     if not isinstance(handler.start_callbacks, Listeners):
         handler.start_callbacks = Listeners(handler.start_callbacks)
     if listener not in handler.start_callbacks:
-        handler.start_callbacks.append(listener)
+        handler.register_start_callback(listener)
 
 
 def _note_freezing(_: object) -> None:
