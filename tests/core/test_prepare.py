@@ -270,9 +270,10 @@ def test_a_model_that_peft_prepared(tmp_path):
 
 
 def test_a_rank_above_the_room_is_named_with_its_layer(tmp_path):
-    """The first layer without room is not the one of the highest rank."""
-    old, new = save_family(LINEAR, tmp_path, dict(r=2), dict(r=3, rank_pattern={"last": 6}))
-    prepare_model_for_compiled_hotswap(model := load(LINEAR, old), target_rank=2)
+    """The first layer without room is not the one of the highest rank, and has more room."""
+    ranks = dict(r=2, rank_pattern={"first": 4}), dict(r=3, rank_pattern={"first": 5, "last": 6})
+    old, new = save_family(LINEAR, tmp_path, *ranks)
+    prepare_model_for_compiled_hotswap(model := load(LINEAR, old), adapters=[old])
     refused(r"(?s)at 4 layers.*rank 6, for example at last\n.*rank 2 at most", hotswap_adapter, model, new)
 
 
