@@ -11,6 +11,7 @@ many ways, each of which must be noticed. Nothing of ``hotswap_lab`` is used but
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -556,7 +557,7 @@ def surroundings() -> dict:
         modes=torch._C._len_torch_function_stack(),
         randomness=torch.get_rng_state().numpy().tobytes(),
         filters=list(warnings.filters),
-        threads=threading.active_count(),
+        threads=set(threading.enumerate()),
         files=_open_files(),
     )
 
@@ -568,8 +569,18 @@ def _open_files() -> list[str]:
         for number in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # that of the folder itself
                 found.append(os.readlink(f"/proc/self/fd/{number}"))
-    # nbval opens this one for each notebook, and leaves closing it to the garbage collector
-    return sorted(each for each in found if each != os.devnull)
+    return sorted(found)
+
+
+def assert_nothing_left(before: dict, now: dict, what: str = "") -> dict:
+    """No file is left open, and no thread; the surroundings ``now`` without these, to compare with those ``before``.
+
+    A file or a thread of an earlier test (nbval leaves many to the garbage collector) may end in the meantime.
+    """
+    left = collections.Counter(now["files"]) - collections.Counter(before["files"])
+    assert not left, f"{what}: left open: {list(left)}"
+    assert now["threads"] <= before["threads"], f"{what}: left {threading.enumerate()}"
+    return {**now, "files": before["files"], "threads": before["threads"]}
 
 
 @contextlib.contextmanager
@@ -586,5 +597,5 @@ def nothing_else_changes(*arguments: object, may_warn: bool = False) -> Iterator
         filters = list(warnings.filters)
         yield
         assert list(warnings.filters) == filters
-    assert_same(now(), before)
+    assert_same(assert_nothing_left(before, now()), before)
     assert may_warn or not caught, [str(each.message) for each in caught]

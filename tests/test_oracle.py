@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
+import threading
 import warnings
 
 import pytest
@@ -191,12 +193,16 @@ AROUND = {
     "a filter of warnings": lambda: warnings.simplefilter("ignore", UserWarning),
     "a warning": lambda: warnings.warn("look", stacklevel=1),
     "the default precision": lambda: torch.set_default_dtype(torch.float64),
+    "a file left open": lambda: LEFT.append(tempfile.TemporaryFile()),  # noqa: SIM115
+    "a thread": lambda: threading.Thread(target=ENDED.wait, args=(20,), daemon=True).start(),
 }
+LEFT, ENDED = [], threading.Event()
 
 
 @pytest.mark.parametrize("what", AROUND)
 def test_what_is_around_a_model_is_looked_at(what, monkeypatch):
     monkeypatch.setenv("MARK", "0")
+    ENDED.clear()
     with torch.random.fork_rng(), warnings.catch_warnings():
         try:
             with pytest.raises(AssertionError), nothing_else_changes():
@@ -204,6 +210,13 @@ def test_what_is_around_a_model_is_looked_at(what, monkeypatch):
         finally:
             torch.set_grad_enabled(True)
             torch.set_default_dtype(torch.float32)
+            ENDED.set()
+            LEFT.clear()
+
+
+def test_what_was_open_before_may_be_closed():
+    with tempfile.TemporaryFile() as file, nothing_else_changes():
+        file.close()
 
 
 ARGUMENTS = {

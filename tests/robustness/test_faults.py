@@ -8,7 +8,6 @@ operation.
 
 from __future__ import annotations
 
-import collections
 import gc
 import itertools
 import math
@@ -22,7 +21,7 @@ import pytest
 from faults import FAULTS, list_steps, run_with_fault
 from lengths import TIMES, few_of, long
 from operations import OPERATIONS, Case, Shelf, around, held
-from oracle import contents, differences, identities, notes_on
+from oracle import assert_nothing_left, contents, differences, identities, notes_on
 from refusals import refused
 
 from hotswap_lab import HotswapError
@@ -102,12 +101,7 @@ class Hunt:
             now = around()
         if ended == "after":
             now["randomness"] = before["randomness"]  # a prepared model's dropouts, and the like, may draw some
-        left = collections.Counter(now["files"]) - collections.Counter(before["files"])
-        assert not left, f"{what}: left open: {list(left)}"
-        assert now["threads"] <= before["threads"], f"{what}: left {threading.enumerate()}"
-        for same in ("files", "threads"):
-            now[same] = before[same]
-        found = "\n".join(differences(before, now))
+        found = "\n".join(differences(before, assert_nothing_left(before, now, what)))
         assert not found, f"{what}: around the model\n{found}"
         assert not list(self.temporary.iterdir()), f"{what}: left {list(self.temporary.iterdir())}"
 
