@@ -181,13 +181,17 @@ class Reader(torch.nn.Module):
 
     @torch.no_grad()
     def read(self, parts: Sequence[list[int]]) -> Tensor:
-        """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``."""
-        most = max(1, *map(len, parts))
+        """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``.
+
+        Raises ValueError if a row would have more than ``longest`` tokens: nothing is read then.
+        """
+        most, counts = max(1, *map(len, parts)), torch.tensor([len(part) for part in parts])
+        if (over := int((self.lengths + counts).max())) > self.longest:
+            raise ValueError(f"a row would have {over} tokens: expected {self.longest} at most, this reader's longest")
         # compiled code has two shapes; otherwise a part has the length that it needs
         width = self.chunk if self.compiled and most > 1 else most
         # the last tokens of all parts are in the last column
         ids = torch.tensor([[0] * (width - len(part)) + part for part in parts])
-        counts = torch.tensor([len(part) for part in parts])
         places = torch.arange(width) - (width - counts)[:, None]
         positions = torch.where(places < 0, self.longest, self.lengths[:, None] + places)
         inputs = [each.to(self.places.device) for each in (ids, positions)]

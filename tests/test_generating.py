@@ -68,6 +68,18 @@ def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):
     assert torch.allclose(logits[1], logits_of(model, other), atol=1e-4)
 
 
+@pytest.mark.parametrize("part", [1, 3])
+def test_a_token_too_many_is_refused_and_nothing_is_read(model, part):
+    reader, text = Reader(model, rows=2, chunk=CHUNK, longest=LONGEST), letters(LONGEST)
+    logits = read_all(reader, [text[: LONGEST + 1 - part], text], sizes=(4, 3))
+    assert torch.allclose(logits[1], logits_of(model, text), atol=1e-4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{LONGEST + 1} tokens.*{LONGEST} at most"):
+            reader.read([letters(part), []])
+    logits = reader.read([text[LONGEST + 1 - part :], []])[0] if part > 1 else logits[0]
+    assert torch.allclose(logits, logits_of(model, text), atol=1e-4)
+
+
 def test_reading_needs_nothing_of_ahead(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "hotswap_lab.ahead", None)
     spec = find_spec("hotswap_lab.generating")

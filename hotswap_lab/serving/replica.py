@@ -177,7 +177,7 @@ class Replica:
     def _make_reader(self, rows: int) -> Reader | None:
         options, reason = self.options, "logits of a row depend on how it is read, or on other rows"
         try:
-            longest = options.longest_prompt + options.longest_answer
+            longest = max(4, options.longest_prompt + options.longest_answer)  # agrees() reads four tokens
             reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), longest=longest)
             agrees = reader.agrees()
         except Exception as error:  # of many kinds, since models use a cache in different ways

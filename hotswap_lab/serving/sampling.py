@@ -88,8 +88,8 @@ class Sampler:
         return scores - frequency * counts - presence * (counts > 0)
 
     def choose(self, logits: Tensor, best: int, answer: Sequence[int]) -> int:
-        """The next token after those of the answer; ``best`` is the most probable one, for requests without steps."""
-        if not self.steps:
+        """The next token after those of the answer; ``best`` is the most probable one, where nothing else is wanted."""
+        if not (self.steps or self.is_drawn):  # transformers has no step for temperature 1
             return best
         ids, scores = torch.tensor([[*self.prompt, *answer]]), logits.cpu()[None]
         for step in self.steps:

@@ -237,6 +237,14 @@ LONG_ROPE = dict(
 )
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [(1, 1), (2, 1)])
+def test_the_smallest_limits_are_read_in_rows(prompt, answer):
+    with logged() as messages:
+        replica = replica_of({"shout": FAMILY["shout"]}, Options(longest_prompt=prompt, longest_answer=answer))
+    assert replica._reader is not None
+    assert not messages
+
+
 MODELS = [
     ("Llama", {}, True),
     ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),

@@ -119,6 +119,20 @@ def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind, penalty):
         assert said_by(replica, [Request(prompt="hotswap>", max_tokens=12, seed=0)]) == [said], own
 
 
+@pytest.mark.parametrize("by", ["the request", "the model"])
+def test_temperature_one_is_drawn_too(tmp_path, by):
+    """Transformers has no step for it, so nothing but the draw tells it from the most probable token."""
+    load, _, replica = little("Llama", tmp_path)
+    how = dict(temperature=1.0, top_k=0)
+    expected = generated(load(), replica.tokenizer("hotswap>")["input_ids"], dict(how, seed=3))
+    assert expected != generated(load(), replica.tokenizer("hotswap>")["input_ids"], {})
+    if by == "the model":
+        vars(replica.defaults).update(how, do_sample=True)
+    asked = Request(prompt="hotswap>", max_tokens=12, seed=3, **(how if by == "the request" else {}))
+    said = replica.tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert said_by(replica, [asked]) == [said]
+
+
 def test_what_no_sampler_can_do_is_said(tmp_path):
     model, tokenizer = demo.load("shout")
     model.generation_config.num_beams = 3
