@@ -265,13 +265,14 @@ class AdapterPool:
         """
         with self._told(name), self._turn():
             member = self._members[name]
-            present = self._members.packed(member)
             if isinstance(state_dict, torch.nn.Module):
-                packed, learned = of_learner(state_dict, config, member, present, self._room, self._pack)
+                packed, learned = of_learner(state_dict, config, member, self._room, self._pack)
             elif isinstance(state_dict, Adapter):
                 packed, learned = self._pack(member, state_dict, True), None
             else:
-                adapter = Adapter.from_state_dict(state_dict, config or present.state.config)
+                # new weights need nothing of the old ones, whose files may have changed since
+                config = config or self._members.packed(member).state.config
+                adapter = Adapter.from_state_dict(state_dict, config)
                 packed, learned = self._pack(member, adapter, False), None
 
             def put(journal: Journal) -> None:

@@ -39,11 +39,11 @@ def slot_of(learner: torch.nn.Module, name: str) -> Slot:
 
 
 def of_learner(
-    learner: torch.nn.Module, config: Config | None, member: Any, present: Packed, room: Room, pack: Pack
+    learner: torch.nn.Module, config: Config | None, member: Any, room: Room, pack: Pack
 ) -> tuple[Packed, Learned | None]:
     """A learner's adapter, packed for a member of a pool, and a note of how, for the next time."""
     slot, known = slot_of(learner, member.name), member.learned
-    if known and config is None and (again := known.packed_again(slot, present)):
+    if known and config is None and (again := known.packed_again(slot, member.packed)):
         return again, known
     tensors = saved_tensors(slot)
     check_saved(slot, tensors)

@@ -401,7 +401,7 @@ async def _events(
             while got:
                 index, piece = got
                 yield written([_choice(index, piece, kind, True, lengths[index])])
-                lengths[index] += len(piece.text)
+                lengths[index] += sum(len(token.text) for token in piece.tokens)  # some text may not be sent yet
                 ends += [piece] if piece.finish else []
                 got = await anext(rest, None)
             if has_usage and ends:

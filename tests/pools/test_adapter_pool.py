@@ -612,6 +612,24 @@ def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     refused("have changed since it was added", pool.swap, dropped)
 
 
+@pytest.mark.parametrize("how", ["an adapter", "tensors and a config", "a learner"])
+def test_new_weights_for_a_dropped_adapter_need_nothing_of_its_files(model, sources, how):
+    """A trainer writes its next checkpoint to the same folder."""
+    pool, dropped = small_pool(model, sources)
+    shutil.rmtree(sources[dropped])
+    save_random_adapter(LLAMA, Path(sources[dropped]), seed=99, r=2)
+    new = Adapter.load(sources[dropped])
+    given = {
+        "an adapter": (new,),
+        "tensors and a config": (new.tensors, new.config),
+        "a learner": (load(LLAMA, sources[dropped]),),
+    }
+    refused("have changed since it was added", pool.update, dropped, new.tensors)  # by the config that it has
+    pool.update(dropped, *given[how])
+    pool.swap(dropped)
+    assert_same_outputs(model, load(LLAMA, sources[dropped]), LLAMA)
+
+
 @pytest.mark.parametrize("subfolder", [{}, {"subfolder": "inner"}])
 def test_a_file_of_the_same_size_that_changed_since_is_refused(model, sources, tmp_path, subfolder):
     for name, source in sources.items():

@@ -438,11 +438,28 @@ def test_logprobs_of_completions():
     assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "y": -9999.0}]
     assert choice.logprobs.text_offset == [0, 1]
     chunks = asked_of(Fake(tokens=TOKENS), logprobs=2, seed=77, stream=True)
-    assert [chunk.choices[0].logprobs.text_offset for chunk in chunks[:2]] == [[0, 1], [1, 2]]
+    assert [chunk.choices[0].logprobs.text_offset for chunk in chunks[:2]] == [[0, 1], [2, 3]]
     assert asked_of(Fake()).choices[0].logprobs is None
     both = [chunk.choices[0] for chunk in asked_of(Fake(tokens=TOKENS), logprobs=2, n=2, seed=77, stream=True)]
     for index in (0, 1):  # each counts its own text
-        assert [each.logprobs.text_offset for each in both if each.index == index and each.logprobs] == [[0, 1], [1, 2]]
+        assert [each.logprobs.text_offset for each in both if each.index == index and each.logprobs] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("stop", [None, "tez", ["kx", "notebooks"]])
+def test_offsets_of_text_that_is_held_back(served, stop):
+    """Since it may begin a stop string. They are those of the answer in one piece."""
+    api = openai_api(served, "demo")
+
+    async def ask(client, **how):
+        return await client.completions.create(model="double", prompt="notebook>", logprobs=0, stop=stop, **how)
+
+    async def streamed(client):
+        return [chunk.choices[0] async for chunk in await ask(client, stream=True)]
+
+    (whole,) = with_client(api, ask).choices
+    found = [at for each in with_client(api, streamed) if each.logprobs for at in each.logprobs.text_offset]
+    assert whole.text == "notebooknotebook"
+    assert found == whole.logprobs.text_offset == [*range(len(whole.text) + 1)]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ from row_truth import together
 from served import FAMILY, SHORT, WORDS, Served, alone, fresh, little, logged, replica_of, save_random_adapter, text_of
 from test_api import TEXT, sent
 
-from hotswap_lab import HotswapError, RecompileWatch, demo
-from hotswap_lab.serving import Options, Register, Replica, Request, Table, Version
+from hotswap_lab import HotswapError, RecompileWatch, demo, in_use
+from hotswap_lab.serving import BusyError, Options, Register, Replica, Request, Table, Version
 from hotswap_lab.serving.answers import Answer
 from hotswap_lab.serving.api import _error, openai_api
 
@@ -226,6 +227,45 @@ def test_log_probabilities_are_those_of_a_fresh_load(served):
         assert each.top[1][1] == pytest.approx(float(row.topk(2).values[1]), abs=1e-3)
     streamed = asyncio.run(served.pieces("shout", "hotswap", logprobs=0, is_streamed=True))
     assert [token.text for each in streamed for token in each.tokens] == [*"HOTSWAP!", ""]
+
+
+def test_requests_whose_clients_have_gone_do_not_wait(monkeypatch):
+    options = replace(SHORT, rows=1, queue=2)
+    monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.01)
+    replica = replica_of(FAMILY, options)
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute():  # what has the only row takes as long as the others wait
+        with in_use(replica.pool.model):
+            entered.set()
+            leave.wait(60)
+
+    async def ask():
+        return await text_of(replica.answer(Request(prompt="hotswap>", max_tokens=9)))
+
+    async def waiting(count):
+        assert await asyncio.to_thread(eventually, lambda: replica.state["waiting"] == count)
+
+    async def come_and_go():
+        first = asyncio.create_task(ask())
+        await asyncio.to_thread(entered.wait, 60)
+        assert await asyncio.to_thread(eventually, lambda: replica._worker and not replica._waiting)
+        gone = [asyncio.create_task(ask()) for _ in range(2)]
+        await waiting(2)
+        with pytest.raises(BusyError):
+            await ask()
+        for each in gone:
+            each.cancel()
+        await waiting(0)
+        more = [asyncio.create_task(ask()) for _ in range(2)]
+        await waiting(2)
+        leave.set()
+        return await asyncio.gather(first, *more)
+
+    thread = threading.Thread(target=compute, daemon=True)
+    thread.start()
+    assert asyncio.run(come_and_go()) == ["hotswap"] * 3
+    thread.join(60)
 
 
 # ---- models of one's own
