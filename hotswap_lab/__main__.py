@@ -341,8 +341,7 @@ def _main(given: list[str]) -> int:
 
 def _as_json(told: dict[str, Any]) -> str:
     """As one JSON document: JSON has no NaN and no infinity, which are null."""
-    plain = json.loads(json.dumps(told, default=str), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=2)
+    return json.dumps(json.loads(json.dumps(told, default=str), parse_constant=lambda _: None), indent=2)
 
 
 if __name__ == "__main__":

@@ -288,8 +288,7 @@ class Scene:
     def load(self, number: int = 0) -> PeftModel:
         """A fresh load of an adapter by PEFT alone. It shares the base's weights, which no way of swapping changes."""
         shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
-        base = copy.deepcopy(self.base, shared)
-        return PeftModel.from_pretrained(base, self.folders[number], **self.options).eval()
+        return PeftModel.from_pretrained(copy.deepcopy(self.base, shared), self.folders[number], **self.options).eval()
 
     def prepared(self) -> PeftModel:
         """The first adapter in a model prepared for both."""

@@ -62,8 +62,7 @@ def stream(
         answer.append(ids.item())
         longer = tokenizer.decode(answer, skip_special_tokens=True)
         if not longer.endswith("\ufffd"):  # the first half of a letter
-            text = longer
-            yield text
+            yield (text := longer)
     if text is None:
         yield ""
 

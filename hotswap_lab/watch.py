@@ -74,8 +74,7 @@ class Compilation:
     call: str = ""
 
     def __str__(self) -> str:
-        where = f" in {self.call!r}" if self.call else ""
-        return f"{self.kind}{where}" + (f": {self.reason}" if self.reason else "")
+        return self.kind + (f" in {self.call!r}" if self.call else "") + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass

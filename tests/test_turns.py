@@ -35,6 +35,7 @@ from hotswap_lab import (
     commit,
     hotswap_adapter,
     in_use,
+    loaded,
     plan_hotswap,
     prepare_model_for_compiled_hotswap,
     save_adapter,
@@ -277,6 +278,22 @@ def test_a_swap_that_would_wait_too_long_is_refused_and_nothing_else_is_held_up(
     assert_equals_fresh_load(model, KIND, folders["new"], prepared=True)
 
 
+def test_the_limit_of_a_block_that_failed_is_over(model, folders):
+    inside = threading.Event()
+
+    def compute() -> None:
+        with in_use(model):
+            inside.set()
+            time.sleep(3 * MOMENT)
+
+    with pytest.raises(ZeroDivisionError), waiting_at_most(0):
+        1 / 0  # noqa: B018
+    computing = start(compute)
+    assert inside.wait(30)
+    hotswap_adapter(model, folders["third"], "default")  # it waits
+    assert computing.done()
+
+
 def test_a_thread_that_computes_waits_for_a_swap_as_long_as_it_takes(model):
     inside = threading.Event()
 
@@ -426,9 +443,11 @@ def test_what_is_saved_is_what_is_there_when_the_saver_gets_in(tmp_path):
     assert computes(load(KIND, str(tmp_path / "saved")), other)
 
 
-def test_a_pipeline(folders):
+@pytest.mark.parametrize("names", [("one", "two"), ("model", "other"), ("other", "model")])
+def test_a_pipeline(folders, names):
     models = [load(KIND, folders["old"]), load(KIND, folders["old"])]
-    pipeline = SimpleNamespace(one=models[0], two=models[1], other=object())
+    pipeline = SimpleNamespace(**dict(zip(names, models, strict=True)), another=object())
+    assert len(loaded(pipeline)) == 2
     with reading(pipeline), waiting_at_most(0):
         for each in models:
             refused("in use", hotswap_adapter, each, folders["new"], "default")

@@ -130,9 +130,8 @@ def aoti_compile(
         size = f"{readable_bytes(path.stat().st_size)} without weights"
         print(f"{path.name}: {took}, {size}, {bound} tensors to bind")
         if dynamic_shapes is not None:
-            where = " of a block" if repeated_blocks else ""
             sizes = Sizes(graphs[0]["symbols"], graphs[0]["conditions"])
-            print(f"  sizes{where}: {sizes}; all others as now")
+            print(f"  sizes{' of a block' if repeated_blocks else ''}: {sizes}; all others as now")
     return path
 
 

@@ -109,8 +109,7 @@ class AheadModel:
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refused("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
-        paths = [at for graph in notes["graphs"] for at in graph["paths"]]
-        _check_facts(facts_of(self._top, paths), notes["facts"])
+        _check_facts(facts_of(self._top, [at for graph in notes["graphs"] for at in graph["paths"]]), notes["facts"])
         bound: dict[str, Bound] = {}
         for number, graph in enumerate(notes["graphs"]):
             for at in graph["paths"]:
@@ -127,8 +126,7 @@ class AheadModel:
         if self._batch is not None and self._top is self.base:
             rows = self._batch.entered((), named(self._signature, args, kwargs))
         elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
-            total = size_of((), named(self._signature, args, kwargs))
-            self._batch.check_in_graph({}, PART, total, self._copies)
+            self._batch.check_in_graph({}, PART, size_of((), named(self._signature, args, kwargs)), self._copies)
         with torch.no_grad(), rows:
             return self._run(*args, **kwargs)
 

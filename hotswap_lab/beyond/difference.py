@@ -267,8 +267,7 @@ class _Comparison:
     def _turn_off(self, wrapper: BaseTunerLayer) -> None:
         for target in self.method.tensors_of(wrapper, self.name) or ():
             if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
-                others = listing(map(repr, sorted(merged)))
-                self.plan.refuse("merged_beside", adapter_name=self.name, others=others)
+                self.plan.refuse("merged_beside", adapter_name=self.name, others=listing(map(repr, sorted(merged))))
                 return
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.off_value()))

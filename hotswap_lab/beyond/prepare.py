@@ -52,8 +52,7 @@ def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter])
 def rank_for(config: object, path: str) -> int:
     """The rank that a fresh load with this config gives to the layer at ``path``."""
     pattern = getattr(config, "rank_pattern", None) or {}
-    rank = getattr(config, "init_r", None) or config.r
-    return pattern.get(get_pattern_key(pattern.keys(), path), rank)
+    return pattern.get(get_pattern_key(pattern.keys(), path), getattr(config, "init_r", None) or config.r)
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:

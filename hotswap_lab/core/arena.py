@@ -35,8 +35,7 @@ class Span:
         if axis is None or memory.dim() == 1:
             return memory[self.start : self.start + math.prod(self.shape)].view(self.shape)
         share = self.shape[:axis] + self.shape[axis + 1 :]
-        columns = memory[:, self.start : self.start + math.prod(share)]
-        return columns.view(len(memory), *share).movedim(0, axis)
+        return memory[:, self.start : self.start + math.prod(share)].view(len(memory), *share).movedim(0, axis)
 
 
 @dataclass(frozen=True, eq=False)

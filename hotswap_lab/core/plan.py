@@ -148,8 +148,7 @@ class Plan:
     @cached_property
     def prepared(self) -> list[bool]:
         """For each layer of the slot, whether it was prepared, and so keeps its shapes."""
-        name = self.slot.adapter_name
-        return [is_prepared(layer.module, name) for layer in self.slot.layers]
+        return [is_prepared(layer.module, self.slot.adapter_name) for layer in self.slot.layers]
 
     @cached_property
     def ranks_before(self) -> list[int | None]:
@@ -189,8 +188,7 @@ class Plan:
     @property
     def counts(self) -> dict[str, int]:
         """The number of layers that are copied, padded, resized, turned off and added."""
-        actions = [layer.action for layer in self.layers]
-        return {str(action): actions.count(action) for action in Action}
+        return {str(action): [layer.action for layer in self.layers].count(action) for action in Action}
 
     @property
     def will_recompile(self) -> bool:

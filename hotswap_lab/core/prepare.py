@@ -127,8 +127,7 @@ def _space_in(
 ) -> tuple[dict[str, int], list[Refusal]]:
     """The rank to make room for, by the path of a layer that the LoRA slot has or lacks; and the refusals."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
-    for layer, reason in slot.obstacles[:1]:
-        refusals.append(refusal("layer_not_preparable", path=layer.path, reason=reason))
+    refusals += [refusal("layer_not_preparable", path=each.path, reason=why) for each, why in slot.obstacles[:1]]
     if strange := set(slot.method.extra_state(slot.config)) - BESIDE_LORA:
         allowed = ", ".join(sorted(BESIDE_LORA))
         refusals.append(refusal("loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=allowed))
@@ -209,8 +208,7 @@ def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer
     for index, layer in enumerate(layers):
         if layer in reserved:
             layers[index] = layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
-        device = layer.tensors[0].parameter.device
-        make_prepared(layer.module, name, room.scaling(index, device), journal)
+        make_prepared(layer.module, name, room.scaling(index, layer.tensors[0].parameter.device), journal)
     write_settings(slot, layers, room.state.settings, journal)
     moved = dataclasses.replace(slot, layers=tuple(layers))
     room.settle(moved)

@@ -26,8 +26,7 @@ def write_scalings(change: Change, targets: Sequence[Any], name: str, values: Se
     number for each; or they are memory that holds the scalings of several layers, and all get the tensor ``values``.
     """
     if isinstance(values, torch.Tensor):
-        for target in targets:
-            change.copies.append((target, values.expand(target.shape)))
+        change.copies += [(target, values.expand(target.shape)) for target in targets]
         return
     tables, numbers = [], []
     for target, value in zip(targets, values, strict=True):

@@ -11,11 +11,12 @@ def unreached(solution):
     a, b, scaling, moved = torch.zeros(4, 2, 2)  # in one storage
     names = {"scaling": scaling, "lora_B": b, "lora_A": a}  # not in the order of the answer
     same = {name: each.view(4).view(2, 2) for name, each in names.items()}  # other objects, the same memory
+    most = {"lora_A": a, "lora_B": b}
     for what, constants, bound, swapped, expected in (
         ("all in memory, bound", ["scaling", "weight", "lora_B", "lora_A"], {**names, "weight": moved}, same, []),
-        ("a scaling in the code", ["lora_A", "lora_B"], {"lora_A": a, "lora_B": b}, same, ["scaling"]),
+        ("a scaling in the code", ["a.scaling", *most], {"a.scaling": moved, **most}, same, ["scaling"]),
         ("a tensor that was moved", list(names), names, {**same, "lora_A": moved}, ["lora_A"]),
         ("two exchanged", list(names), names, {**same, "lora_A": b, "lora_B": a}, ["lora_A", "lora_B"]),
-        ("both", ["lora_A", "lora_B"], {"lora_A": a, "lora_B": b}, {**same, "lora_B": moved}, ["lora_B", "scaling"]),
+        ("both", [*most], most, {**same, "lora_B": moved}, ["lora_B", "scaling"]),
     ):
-        yield what, solution(constants, dict(bound), dict(swapped)), expected
+        yield what, solution(constants, dict(reversed(bound.items())), dict(swapped)), expected

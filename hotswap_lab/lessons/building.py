@@ -142,13 +142,14 @@ fresh: Callable[[str], PeftModel] = functools.cache(lambda name: demo.load(name)
 
 
 class Calls(TorchFunctionMode):
-    """Counts the calls of PyTorch's functions."""
+    """Counts the calls of PyTorch's functions. What ``torch.empty`` gives holds NaN, not zeros by chance."""
 
     count: int = 0
 
     def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        return operation(*args, **(kwargs or {}))
+        made = operation(*args, **(kwargs or {}))
+        return made.fill_(torch.nan) if operation in (torch.empty, torch.empty_like) else made
 
 
 def calls(run: Callable[..., object], *arguments: object) -> int:
@@ -157,18 +158,20 @@ def calls(run: Callable[..., object], *arguments: object) -> int:
     return counted.count
 
 
-def addresses(model: torch.nn.Module) -> list[int]:
+def addresses(model: torch.nn.Module) -> list[tuple[int, bool]]:
+    """Where the tensors are, and whether they are trained."""
     own = filter(torch.is_tensor, vars(model).values())
-    return [each.data_ptr() for each in (*model.parameters(), *model.buffers(), *own)]
+    return [(each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers(), *own)]
 
 
 def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
     before = addresses(model)
     for name in [*FOLDERS, *reversed(FOLDERS)]:
-        swap(name)
+        with torch.enable_grad():
+            swap(name)
         yield name, *same_as_fresh(model, fresh(name), IDS, call)
-    yield "all tensors stay at their addresses", addresses(model) == before, True
+    yield "all tensors stay at their addresses, trained as before", addresses(model) == before, True
 
 
 def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple[Any, ...]]:
@@ -193,7 +196,8 @@ def part_01(text):
         warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
         # by these keys, "ends in", "is in" and "the last that matches" are wrong
         own = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9, "q_proj|down_proj": 11}
-        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, alpha_pattern=own, use_rslora=True)
+        more: dict[str, Any] = dict(alpha_pattern=own, rank_pattern={r"layers\.[13].*": 5}, use_rslora=True)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **more)
         get_peft_model(demo.load_base(), lora).save_pretrained(place)
         for name, folder in {**FOLDERS, "patterns": place}.items():
             truth = fresh(name) if name in FOLDERS else PeftModel.from_pretrained(demo.load_base(), place)
@@ -210,13 +214,17 @@ def part_01b(text):
     mini = built("01b", text)
     live = demo.load("reverse")[0].requires_grad_()  # which is only written to where gradients are off
     for name in ("vowels_up", "shout", "reverse"):
-        before, places = tensors_of(live), addresses(live)
-        writes = mini.plan(live, mini.read(FOLDERS[name]))
+        for each in mini.layers_of(live).values():
+            each.lora_B["default"].weight.fill_(torch.inf)  # zeros are not what was there times zero
+        before, places, new = tensors_of(live), addresses(live), mini.read(FOLDERS[name])
+        layers, writes = len(new), mini.plan(live, new)
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
+        yield f"layers of {name} after planning it", len(new), layers
         with torch.enable_grad():
             mini.write(writes)
+            yield "gradients are recorded after write as before", torch.is_grad_enabled(), True
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
-        yield "all tensors stay at their addresses", addresses(live) == places, True
+        yield "all tensors stay at their addresses, trained as before", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
     a, b, scaling = new[last := max(new)]
@@ -229,7 +237,6 @@ def part_01b(text):
     mini.padded = lambda values, room: torch.full_like(room, 7)
     sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]
     yield "tensors in a plan that padded has made", sum(sevens), len(sevens)
-    yield "layers of an adapter after planning it", len(new), len(before) // 3
 
 
 def prepared(mini: ModuleType) -> tuple[PeftModel, dict[str, Any]]:
@@ -255,18 +262,19 @@ def part_02(text):
     yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
     yield "the dtype", yours.dtype, room.dtype
     yield "a new tensor, also where all is full", mini.padded(room, room).data_ptr() == room.data_ptr(), False
-    for rows, columns in ((5, 4), (4, 6)):
+    for rows, columns in ((5, 4), (4, 6), (3, 6)):
         no_place = refused(lambda rows=rows, columns=columns: mini.padded(torch.ones(rows, columns), room))
         yield f"{rows} x {columns} has no place in 4 x 5", no_place, "ValueError"
-    model, family = prepared(mini)
-    yield "training", model.training, False
     # two adapters with other ranks in each layer, the higher one now here, now there; every third layer is left out
-    ranks = {path: (n + 1, 16 - n) for n, path in enumerate(family["pig_latin"]) if n % 3}
-    whole = family["pig_latin"]
+    whole = mini.read(FOLDERS["pig_latin"])
+    ranks = {path: (n + 1, 16 - n) for n, path in enumerate(whole) if n % 3}
     two = [{p: (whole[p][0][: r[i]], whole[p][1][:, : r[i]], 1.0) for p, r in ranks.items()} for i in (0, 1)]
-    layers = mini.layers_of(mini.prepare(demo.load_base(), two))
-    rooms = {path: len(layer.lora_A["default"].weight) for path, layer in layers.items()}
+    model = mini.prepare(base := demo.load_base(), two)
+    yield "training", model.training, False
+    yield "the model is around the base that you are given", model.get_base_model() is base, True
+    rooms = {path: len(layer.lora_A["default"].weight) for path, layer in mini.layers_of(model).items()}
     yield "the rank of each layer", *first_difference(rooms, {path: max(each) for path, each in ranks.items()})
+    model, family = prepared(mini)
     yield from visits(model, lambda name: mini.write(mini.plan(model, family[name])))
 
 
@@ -279,7 +287,8 @@ def part_03(text):
     yield "what you return", type(model).__name__, "PeftModel"
     yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
-    on_meta = mini.scalings_as_tensors(prepared(mini)[0].to("meta"))
+    on_meta = mini.scalings_as_tensors(meta := prepared(mini)[0].to("meta"))
+    yield "you return the model itself", on_meta is meta, True
     scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
     kinds = {(each.dim(), str(each.device)) for each in scalings}
     yield "axes and device of each scaling, where the layers are on meta", kinds, {(0, "meta")}
@@ -295,8 +304,8 @@ def part_04(text):
     pool = mini.Pool(model, family)
     yield "the dtypes of the parameters stay", [each.dtype for each in model.parameters()] == dtypes, True
     yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
+    most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of each, too
     yield from compiled_visits(model, pool.swap)
-    most = max(calls(pool.swap, name) for name in FOLDERS)
     yield "calls of PyTorch in a swap", f"{most}" if most > 4 else "4 at most", "4 at most"
 
 
@@ -307,7 +316,8 @@ def part_08(text):
     mini = built("08", text)
     base, adapters = demo.load_base(), {name: mini.read(folder) for name, folder in FOLDERS.items()}
     used = {path: base.get_submodule(path) for each in adapters.values() for path in each}
-    layers = {path: mini.Rows(linear, 8, 32) for path, linear in used.items()}
+    with Calls():
+        layers = {path: mini.Rows(linear, 8, 32) for path, linear in used.items()}
     for path, layer in layers.items():
         base.set_submodule(path, layer)
     expected = demo.load_base()(IDS).logits
@@ -320,7 +330,8 @@ def part_08(text):
     for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
             nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
-            layer.assign(row, *adapters[name].get(path, nothing))
+            with torch.enable_grad():
+                layer.assign(row, *adapters[name].get(path, nothing))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
@@ -330,14 +341,14 @@ def part_08(text):
         torch.manual_seed(0)
         biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
         layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
-    yield "rank 6 is refused", refused(lambda: layer.assign(0, torch.eye(6), biased.weight, 1.0)) != "no error", True
     places = addresses(layer)
-    layer.assign(1, a, b * torch.inf, 1.0)
+    layer.assign(1, a * torch.inf, b * torch.inf, 1.0)
     yield "all tensors stay at their addresses", addresses(layer) == places, True
     layer.assign(1, a[:1], b[:, :1], 0.5)
+    yield "rank 6 is refused", refused(lambda: layer.assign(1, torch.eye(6), biased.weight, 1.0)) != "no error", True
     expected = biased(token)
     expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T
-    yield "a bias, one token, and infinity before", *first_difference({"y": layer(token)}, {"y": expected})
+    yield "a bias, one token, infinity before, a refusal since", *first_difference({"y": layer(token)}, {"y": expected})
     few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))
     yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)
 

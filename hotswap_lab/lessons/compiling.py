@@ -49,9 +49,11 @@ def debug(programs):
                 # cloned: a compiled model may write the next output to the same memory
                 outputs = [output.clone() for output in program(model, folders, x)]
             name = program.__name__
-            # the third one divides by a temperature
+            # the third one divides by a temperature; the second and the fifth give that of the warm-up before
             expected = [output / (by if number == 2 else 1) for by, output in enumerate(fresh, 1)]
+            expected[:0] = fresh[: number in (1, 4)]
             both = ({f"output {n}": each for n, each in enumerate(some, 1)} for some in (outputs, expected))
             yield name, str(watch).strip(), "1 compiled, 0 recompiles"
             yield f"{name}: calls that are not compiled", len(uncompiled), 0
+            yield f"{name}: gradients are left on", torch.is_grad_enabled(), False
             yield f"{name}: outputs equal a fresh load's", *first_difference(*both)

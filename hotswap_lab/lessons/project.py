@@ -23,8 +23,9 @@ MINE = "mine"
 
 
 def a_new_trick(trick: Callable[[str], str]) -> tuple[bool, str]:
-    known = [name for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
-    return not known, f"hotswap -> {trick('hotswap')}" + (f", as {known[0]} does" if known else "")
+    known = [f"as {name} does" for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
+    known += [] if len({trick(word) for word in WORDS}) > 1 else ["whatever the word is"]
+    return not known, ", ".join([f"hotswap -> {trick('hotswap')}", *known])
 
 
 def trained(trick: Callable[[str], str], adapter: str) -> tuple[bool, str]:
@@ -35,14 +36,21 @@ def trained(trick: Callable[[str], str], adapter: str) -> tuple[bool, str]:
 def swapped_in_while_it_trained(
     trick: Callable[[str], str], adapter: str, live: Any, seen: Sequence[tuple[dict[str, torch.Tensor], str]]
 ) -> tuple[bool, str]:
-    is_swapped = bool(verify_hotswap(live, adapter, base=demo.load_base))
     said, fresh, expected = [answer for _, answer in seen], _fresh(adapter), []
     for tensors, _ in seen:
         set_peft_model_state_dict(fresh, tensors)
         expected += _asked(fresh, ["hotswap"])
-    learned = len(seen) > 2 and said == expected and said[0] != trick("hotswap") == said[-1]
+    weights = {float(sum(each.double().sum() for each in tensors.values())) for tensors, _ in seen}
+    facts = {
+        "the live model matches a fresh load": verify_hotswap(live, adapter, base=demo.load_base),
+        "the last weights are the folder's": verify_hotswap(fresh, adapter, base=demo.load_base),
+        "3 or more different weights were seen": len(weights) > 2,
+        "the first answer is wrong, and the last is right": said[0] != trick("hotswap") == said[-1],
+        "live is not the model that trains": all(each.grad is None for each in live.parameters()),
+    }
+    wrong = "".join(f"; not so: {fact}" for fact, is_so in facts.items() if not is_so)
     answers = f"{' -> '.join(said)}; a fresh load of these weights says {' -> '.join(expected)}"
-    return is_swapped and learned, f"{answers}; the live model matches a fresh load: {is_swapped}"
+    return said == expected and not wrong, answers + wrong
 
 
 def in_a_pool_with_rows(adapter: str, live: Any, pool: AdapterPool) -> tuple[bool, str]:

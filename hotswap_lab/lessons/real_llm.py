@@ -163,7 +163,7 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 # --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
 #: who answers which prompt, and how many tokens must be read for it. The fourth begins a conversation, and so does the
-#: sixth, which differs from the one before in the middle only, and the last
+#: sixth, which differs from the one before in the middle only, and the last two, which are the same
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),
@@ -171,7 +171,7 @@ TURNS = (
     ("pig_latin", "kernel>matrix>voice", 19),
     ("pig_latin", "kernel>matrix>voicedoor", 4),
     ("pig_latin", "kernel>matrox>voicedoors", 24),
-    ("pig_latin", "kernel", 6),
+    *[("pig_latin", "kernel", 6)] * 2,
 )
 
 

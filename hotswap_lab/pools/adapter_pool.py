@@ -322,8 +322,7 @@ class AdapterPool:
             # like after loading: PEFT adds a classifier's names to the given ones
             plan.config.modules_to_save, plan.config.task_type = [*self._room.slot.config.modules_to_save], task_type
         vars(plan.config)[ORIGIN] = origin
-        state = State(tuple([layer.settings for layer in plan.layers]), plan.config, member)
-        return self._room.pack(state, sources)
+        return self._room.pack(State(tuple([each.settings for each in plan.layers]), plan.config, member), sources)
 
     def _check_base_weights(self, adapter: Adapter, name: str) -> None:
         """Refuse an adapter with base weights in its file while these may be what PEFT has put into the model.

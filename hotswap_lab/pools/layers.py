@@ -145,8 +145,7 @@ class RowEmbedding(RowVariant):
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         # an export takes len(x) for a constant
-        rows = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (x.ndim - 1))
-        return a.transpose(1, 2)[rows, x]
+        return a.transpose(1, 2)[torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (x.ndim - 1)), x]
 
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         scale = module._get_embed_scale()

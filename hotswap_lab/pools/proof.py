@@ -196,8 +196,7 @@ def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
 
 def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Tensor, mask: torch.Tensor) -> bool:
     expected = torch.where(mask.to(none.device)[:, None], all_rows, none)
-    tolerance = TOLERANCE.get(found.dtype, 1e-4) * (all_rows - none).abs().max()
-    return bool(((found - expected).abs() <= tolerance).all())
+    return bool(((found - expected).abs() <= TOLERANCE.get(found.dtype, 1e-4) * (all_rows - none).abs().max()).all())
 
 
 def _own(value: Any, lengths: torch.Tensor | None = None) -> Any:

@@ -317,8 +317,7 @@ class Replica:
         rows: list[Answer | None] = [None] * reader.rows
         with _failing(rows):
             while self._admit(rows):
-                parts = [answer.next_part(reader.chunk) if answer else [] for answer in rows]
-                self._take(rows, reader.read(parts))
+                self._take(rows, reader.read([each.next_part(reader.chunk) if each else [] for each in rows]))
 
     def _answer_one(self) -> None:
         """Answers one request with transformers' ``generate``, so that no other one can change its answer."""

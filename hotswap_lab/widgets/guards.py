@@ -113,8 +113,7 @@ class Guards(WorkingView):
         *lists, times = self._parts()
         width, top = lists[0].size
         canvas = Canvas(660, top + times.size[1])
-        for at, part in enumerate(lists):
-            canvas.shapes.append(part.svg.replace("<svg ", f"<svg x='{width * at}' ", 1))
+        canvas.shapes += [each.svg.replace("<svg ", f"<svg x='{width * at}' ", 1) for at, each in enumerate(lists)]
         canvas.shapes.append(times.svg.replace("<svg ", f"<svg y='{top}' ", 1))
         return canvas.figure(str(self))
 

@@ -124,8 +124,7 @@ class RowPanel(WorkingView):
 
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
-        runs = self.runs or self._now()
-        rows = [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in runs]
+        rows = [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in self.runs or self._now()]
         lines = [("th scope=col", ("adapter", "request", "answer")), *(("td", row) for row in rows)]
         inside = [[f'<{tag} style="{CELL}">{cell}</{tag[:2]}>' for cell in row] for tag, row in lines]
         body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in inside)

@@ -149,8 +149,7 @@ class View:
 
     def to_html(self) -> str:
         """The static form as HTML, which needs no kernel, network or scripts."""
-        note = f"<div>{self._note}</div>" if self._note else ""
-        return f"<div>{self._head()}{note}{self._inside()}</div>"
+        return f"<div>{self._head()}{f'<div>{self._note}</div>' if self._note else ''}{self._inside()}</div>"
 
     def _head(self) -> str:
         text = f"<strong>{escape(self.title or type(self).__name__)}</strong>"

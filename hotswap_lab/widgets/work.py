@@ -254,8 +254,7 @@ class WorkingView(View):
 
     def _state(self) -> str:
         """The text of the status line: why the widget is busy, or that the model has changed, or nothing."""
-        waiting = f"; then {self._next[0]}" if self._next else ""
-        return f"busy: {self.doing}{waiting}" if self.busy else self._note
+        return f"busy: {self.doing}" + (f"; then {self._next[0]}" if self._next else "") if self.busy else self._note
 
     def _refresh(self) -> None:
         super()._refresh()

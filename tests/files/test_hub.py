@@ -191,12 +191,23 @@ def test_a_repository_that_was_pushed_to(hub, swaps_in, folders):
     assert hub.log == []
 
 
-def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders):
-    """Somebody pushes in between."""
-    hub.on_request = lambda path: path.endswith(WEIGHTS) and hub.add("team/adapter", folders["second"])
-    swaps_in("new")
+@pytest.mark.parametrize("arguments", [{}, {"revision": "main"}])
+@pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json"])
+def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders, file, arguments):
+    """Somebody pushes in between, also to the branch that is asked for."""
+    commit = hub.commit("team/adapter")
+
+    def push(path: str) -> None:
+        if path.endswith(file) and ("GET", path) in hub.log:
+            hub.add("team/adapter", folders["second"])
+
+    hub.on_request = push
+    swaps_in("new", **arguments)
+    asked = [path for _, path in hub.log if path.endswith(WEIGHTS)]
+    assert asked
+    assert all(commit in path for path in asked)
     hub.on_request = None
-    swaps_in("second")
+    swaps_in("second", **arguments)
 
 
 def test_a_folder_is_never_looked_for_on_the_hub(hub, model, folders, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ RANKS, NAMES = (f"def {name}(model, folders, x):\n" for name in ("ranks", "names
 SWAPS = "    for folder in folders:\n        hotswap_adapter(compiled, folder, 'default')\n        yield compiled(x)\n"
 OFF, LENGTHS = 'layer.lora_B["default"].weight', "layer.get_base_layer().weight.norm(dim=1)"
 FILTER = 'scaling * torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)'
-SAME = "torch.equal(ids[: len(read)], read)"
+SAME = "len(read) < len(ids) and torch.equal(ids[: len(read)], read)"
 STEP = "first if step < at else second"
 ENDS = "(alphas or [config.lora_alpha])[0]"
 MATCHES = 're.fullmatch(rf"(.*\\.)?({end})", path)'
@@ -42,7 +42,7 @@ FREE = 'having = [n for n in numbers if name in replicas[n]["held"] and replicas
 FEWEST = 'min(having or numbers, key=lambda n: replicas[n]["waiting"])'
 BOTH = "sorted([*in_code, *elsewhere])"
 MOVED = "swapped[name].data_ptr() != bound[name].data_ptr()"
-LAST = "def gradients(model, folders, x):\n    compiled = prepared(model, folders)\n    compiled(x)"
+LAST = "def gradients(model, folders, x):\n    compiled = prepared(model, folders)\n    yield compiled(x)"
 #: no more graphs, so the rest runs uncompiled
 GIVES_UP = "torch._dynamo.config.recompile_limit = 1", "torch.compiler.set_stance('eager_on_recompile')"
 GROUP, COUNTS = "groups.setdefault((row.adapter, prompt)", "row.version == now[row.adapter]"
@@ -66,6 +66,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (MATCHES, "path.endswith(end)"),
         (MATCHES, "f'.{path}'.endswith(f'.{end}')"),  # right for words, and the keys are regular expressions
         (MATCHES, 're.search(rf"{end}$", path)'),
+        ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "r = config.rank_pattern.get(path.split('.')[-1], config.r)\n            divisor = r**0.5 if config.use_rslora else r"),
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = config.r"),
@@ -84,6 +85,10 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("writes.append((layer", "path in adapter and writes.append((layer"),  # right here, and chapter 04's pool fails
         ("with torch.no_grad():", "if True:"),  # right in a model that isn't trained, as that of chapter 02 is
         ("adapter.get(path, off)", "adapter.pop(path, off)"),  # right once
+        ("adapter.get(path, off)", "adapter.setdefault(path, off)"),
+        ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "room_a.detach() * 0, room_b.detach() * 0"),
+        (WRITE, WRITE.replace(".copy_", ".requires_grad_(False).copy_")),  # the model is no longer trained
+        ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n"),
         (  # right, and what chapter 02 does to padded is in vain
             *("values = padded(a, room_a), padded(b, room_b)", "values = a, b"),
             *("writes += [", "if a.shape != room_a.shape or b.shape != room_b.shape:\n            raise ValueError\n        writes += ["),
@@ -109,6 +114,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (HIGHEST, "ranks.get(path, 0) + len(a)"),
         ("LoraConfig(target_modules=[*ranks], " + EACH + ")", "LoraConfig(r=32, target_modules=[*ranks])"),
         (EACH, "rank_pattern={path.split('.')[-1]: r for path, r in ranks.items()}"),
+        ("any(size > largest for size, largest in zip(values.shape, room.shape, strict=True))", "values.shape > room.shape"),
+        ("get_peft_model(base,", "get_peft_model(__import__('copy').deepcopy(base),"),
         ("target_modules=[*ranks]", "target_modules={path.split('.')[-1] for path in ranks}"),
         ("for adapter in family:", "for adapter in family[:1]:"),
         (".eval()", ""),
@@ -116,6 +123,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     "03 part_03": [
         ("    return model", ""),
         ("    return model", "        return model"),
+        ("    for layer", "    import copy\n    model = copy.deepcopy(model)\n    for layer"),
         ("in layers_of(model).values():", "in [*layers_of(model).values()][1:]:"),
         (TENSOR, "torch.ones((), device=layer.lora_A[NAME].weight.device)"),
         (TENSOR, TENSOR.replace("float(layer.scaling[NAME])", "[layer.scaling[NAME]]")),
@@ -130,14 +138,16 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (RANKS, f"{RANKS}    prepared = lambda model, _: torch.compile(model, disable=True)\n"),
         (RANKS, f"{RANKS}    prepared = lambda model, _: torch.compile(model, backend='eager', dynamic=True)\n"),
         (RANKS, f"{RANKS}    torch.compiler.set_stance('force_eager')\n"),
-        *((LAST, f"{LAST.replace('(x)', '(x[:1])')}\n    {each}") for each in GIVES_UP),
-        *((LAST, f"{LAST.replace('    compiled(x)', each)}\n    torch.compiler.reset()") for each in ("    compiled(x[:1])", "    with torch.enable_grad():\n        compiled(x)")),
+        *((LAST, LAST.replace("    yield", f"    compiled(x[:1])\n    {each}\n    yield")) for each in GIVES_UP),
+        *((LAST, LAST.replace("    yield", f"{each}\n    torch.compiler.reset()\n    yield")) for each in ("    compiled(x[:1])", "    with torch.enable_grad():\n        compiled(x)")),
         (NAMES, f"{NAMES}    yield from [prepared(model, folders)(x)] * 3\n    return\n"),
         (NAMES, f"{NAMES}    folders = folders[:2]\n"),
         ("torch.tensor(by)", "by"),
         ("torch.tensor(by)", "float(by)"),
         ("yield soften(x, torch.tensor(by))", "yield soften(x, torch.tensor(1))"),
         ("def gradients(", "def no_gradients("),  # one too few
+        (LAST, LAST.removesuffix("    yield compiled(x)")),  # now the first request waits
+        (LAST, LAST.replace("    yield", "    torch.set_grad_enabled(True)\n    yield")),
     ],
     "04 part_04": [
         (COPY, "self.memory = self.packed[name]"),
@@ -152,12 +162,19 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("self.memory = torch.cat(", "self.memory = torch.zeros_like(torch.cat(", "for each in targets])\n", "for each in targets]))\n"),
         ("for _, _, value in writes]", "for _, key, value in writes if key == 'weight']", "for table, key, _ in next(iter(plans.values()))]", "for table, key, _ in next(iter(plans.values())) if key == 'weight']"),
         (COPY, f"{COPY}\n        self.packed = dict.fromkeys(self.packed, self.packed[name])"),
+        (  # packed when it is needed first, which takes as long as chapter 01's swap
+            *(COPY, f"if name not in self.packed:\n            self.packed[name] = torch.cat([torch.as_tensor(v).flatten() for *_, v in plan(self.model, self.family[name])])\n        {COPY}"),
+            *("        plans =", "        self.model, self.family = model, family\n        plans ="),
+            *("            for name, writes in plans.items()", "            for name, writes in ()"),
+        ),
+        ("        self.memory.copy_(", "        torch._foreach_copy_(self.targets, self.parts[", "self.packed[name])", "name])", "        for target, part", "        self.targets = targets\n        self.parts = {name: [torch.as_tensor(value) for *_, value in writes] for name, writes in plans.items()}\n        for target, part"),  # not where gradients are on
     ],
     "05 take_turns": [
         (SAME, "False"),
         (SAME, "True"),
         (SAME, "len(read) and ids[0] == read[0]"),
         (SAME, "len(read) < len(ids)"),
+        (SAME, "torch.equal(ids[: len(read)], read)"),  # nothing is left to read of the same prompt again
         (SAME, "0 < len(read) <= len(ids) and read[0] == ids[0]"),
         (SAME, "0 < len(read) <= len(ids) and read[-1] == ids[len(read) - 1]"),
         (SAME, "all(one == other for one, other in zip(read, ids))"),
@@ -236,6 +253,11 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("padded(b * scaling", "padded(b", ADDED, f"self.scaling * {ADDED}", "self.a[row], self", "self.scaling = scaling\n        self.a[row], self", "self.linear =", "self.scaling = 0.0\n        self.linear ="),
         ("self.a[row], self.b[row] =", "self.a[row - 1], self.b[row - 1] ="),
         (ASSIGN, f"self.a.data, self.b.data = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
+        (ASSIGN, "self.b[row] = 0\n        self.a[row, : len(a)], self.b[row, :, : len(a)] = a, b * scaling"),  # infinity in A times zero in B
+        (ASSIGN, f"self.b[row] = 0\n        {ASSIGN}"),  # half of it is done before the refusal
+        (ASSIGN, "self.a[row], self.b[row] = 0, 0\n        self.a[row, : len(a)], self.b[row, :, : len(a)] = a, scaling * b"),  # as here
+        ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows,", "torch.empty(rows, rank, linear.in_features), torch.empty(rows,"),
+        ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)", "map(torch.nn.Parameter, (torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)))"),  # assign raises where gradients are on
         (ASSIGN, f"most = self.a.shape[1]\n        a, b = a[:most], b[:, :most]\n        {ASSIGN}"),  # what has no place is cut off
         ("self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])", "self.linear.weight += b @ a * scaling"),
     ],
@@ -254,6 +276,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     ],
     "10 unreached": [
         (BOTH, "sorted(in_code)"),
+        (BOTH, "sorted(n for n in swapped if not any(c.endswith(n) for c in constants) or n in bound and bound[n].data_ptr() != swapped[n].data_ptr())"),
+        (BOTH, "sorted(n for (n, t), b in zip(swapped.items(), bound.values()) if t.data_ptr() != b.data_ptr())"),
         (BOTH, "sorted(elsewhere)"),
         (MOVED, "swapped[name] is not bound[name]"),
         (MOVED, "not swapped[name].equal(bound[name])"),
@@ -499,7 +523,7 @@ def take_turns(chat, pool, kept, name, ids):
     old, saved = kept.get(name, ([], None))
     new = ids.tolist()
     chat.forget()
-    if old and new[: len(old)] == old:
+    if old and len(new) > len(old) and new[: len(old)] == old:
         chat.restore(saved)
         new = new[len(old) :]
     pool.swap(name)
@@ -522,7 +546,7 @@ def take_turns(chat, pool, kept, name, ids):
     return logits
 """,
         ("chat.read(ids[chat.length :])", "[chat.read(each[None]) for each in ids[chat.length :]][-1]"),
-        (SAME, "len(read) <= len(ids) and all(a == b for a, b in zip(read, ids))"),
+        (SAME, "len(read) < len(ids) and all(a == b for a, b in zip(read, ids))"),
     ],
     "06 one_filter": [
         (FILTER, "(scaling * b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])"),
@@ -595,6 +619,8 @@ class Rows(torch.nn.Module):
         self.register_buffer("scaling", torch.zeros(rows))
 
     def assign(self, row, a, b, scaling):
+        if len(a) > self.a.shape[2]:
+            raise ValueError(len(a))
         self.a[row].zero_()[:, : len(a)] = a.T
         self.b[row].zero_()[: len(a)] = b.T
         self.scaling[row] = scaling
@@ -621,8 +647,8 @@ class Rows(torch.nn.Module):
             return self.forward(x[:, None])[:, 0]
         return torch.baddbmm(self.linear(x), x @ a.mT * self.scaling, b)
 """,
-        (ASSIGN, "self.a[row], self.b[row] = 0, 0\n        self.a[row, : len(a)], self.b[row, :, : len(a)] = a, scaling * b"),
-        (ASSIGN, "self.a[row, : len(a)].copy_(a)\n        self.b[row] = padded(b * scaling, self.b[row])"),  # zeros in B are enough
+        (ASSIGN, "new = padded(a, self.a[row]), padded(b, self.b[row]) * scaling\n        torch._foreach_copy_([self.a[row], self.b[row]], new)"),
+        (ASSIGN, "whole = padded(b, self.b[row])\n        self.a[row] = 0\n        self.a[row, : len(a)] = a\n        self.b[row] = scaling * whole"),
     ],
     "09 choose_replica": [
         """

@@ -149,6 +149,19 @@ def test_each_step_can_say_no(capsys):
     assert found["a new trick"][1] == "hotswap -> ahopstw, as sort does"
     for lie in (seen[:2], [(tensors, word) for _, word in seen], [(each, "x") for each, _ in seen[:2]] + seen[2:]):
         assert judged(capsys, **made | dict(seen=lie))["swapped in while it trained"][0] == "✗"
+    stronger = {key: value * (1.01 if "lora_B" in key else 1) for key, value in tensors.items()}
+    trainee = demo.load("sort")[0]
+    for parameter in trainee.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for lie, reason in (
+        (dict(seen=[seen[0], *seen[2:] * 3]), "3 or more different weights were seen"),
+        (dict(seen=[*seen[:2], (stronger, "ahopstw")]), "the last weights are the folder's"),
+        (dict(seen=[seen[2], *seen]), "the first answer is wrong, and the last is right"),
+        (dict(live=trainee), "live is not the model that trains"),
+        (dict(live=demo.load("shout")[0]), "the live model matches a fresh load"),
+    ):
+        mark, said = judged(capsys, **made | lie)["swapped in while it trained"]
+        assert (mark, said.split("not so: ")[1:]) == ("✗", [reason]), said
     made |= dict(adapter=demo.adapter_path("shout"), package="nowhere.pt2")
     found = judged(capsys, **made, compiled=lambda **inputs: demo.load_base()(**inputs))
     assert {mark for mark, _ in found.values()} == {"✗"}
@@ -168,6 +181,10 @@ def test_compiled_means_a_graph_for_all_nine_also_at_a_second_try(capsys):
         for given, mark in ((compiled, marks[1]), (pool.model, "✗")):
             found = judged(capsys, adapter=folders["mine"], live=live, pool=pool, compiled=given)
             assert (found["in a pool with rows"][0], found["compiled once"][0]) == (marks[0], mark), found
+
+
+def test_a_trick_that_is_the_same_for_each_word(capsys):
+    assert judged(capsys, trick=lambda word: "x")["a new trick"] == ("✗", "hotswap -> x, whatever the word is")
 
 
 @pytest.mark.parametrize("trick", [lambda word: word[:1], lambda word: word + "?"])
