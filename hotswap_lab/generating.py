@@ -227,8 +227,8 @@ class Reader(torch.nn.Module):
         config = self._lm.config.get_text_config()
         windows = [getattr(config, each, None) for each in ("sliding_window", "attention_chunk_size", "window_size")]
         is_windowed = any(isinstance(each, int) and 0 < each < self.longest for each in windows)
-        if is_windowed and getattr(config, "use_sliding_window", True):
-            return False  # the mask here has no window
+        if self.longest < 4 or (is_windowed and getattr(config, "use_sliding_window", True)):
+            return False  # too few tokens to tell; or the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # some models have one for each type of layer
             changes = isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
@@ -236,6 +236,7 @@ class Reader(torch.nn.Module):
                 return False  # from there on, the longest row changes the angles of all rows
         texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
         ends = torch.arange(self.rows) % 2 + 2
+        self.lengths.zero_()
         self.read([text[:2].tolist() for text in texts])
         logits = self.read([text[2 : end + 1].tolist() for text, end in zip(texts, ends, strict=True)])
         self.lengths.zero_()

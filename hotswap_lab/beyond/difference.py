@@ -143,8 +143,7 @@ class _Comparison:
     def __init__(self, plan: Plan, fresh: FreshAdapter):
         self.plan, self.fresh, self.graft = plan, fresh, Graft()
         self.host, self.name = host, name = plan.slot.host, plan.slot.adapter_name
-        self.method = plan.slot.method
-        self.others = set(host.configs) - {name}
+        self.method, self.others = plan.slot.method, set(host.configs) - {name}
         self.is_mixed = isinstance(host.tuner, MixedModel)  # layers of several methods may wrap one another
         model, self.active = fresh.model, activity_of(host)
         #: the live counterpart of each of the fresh load's modules and tensors: of the base at first, then of all kept

@@ -147,9 +147,9 @@ class Calls(TorchFunctionMode):
     count: int = 0
 
     def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += operation is not torch._C._set_grad_enabled
         made = operation(*args, **(kwargs or {}))
-        return made.fill_(torch.nan) if operation in (torch.empty, torch.empty_like) else made
+        return made.fill_(torch.nan) if operation in (torch.empty, torch.empty_like, torch.Tensor.new_empty) else made
 
 
 def calls(run: Callable[..., object], *arguments: object) -> int:

@@ -31,11 +31,12 @@ class Request(Sampling):
 
 @dataclass(frozen=True)
 class Token:
-    """The text and the log probability of a token, and of the most probable ones at its place."""
+    """The text and the log probability of a token, the most probable ones at its place, and where its text begins."""
 
     text: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,5 +123,7 @@ class Answer:
             values = logits.log_softmax(-1)
             best_ones = values.topk(min(most, len(values))).indices.tolist()
             top = [(self._decode([each]), float(values[each])) for each in best_ones]
-            self.described.append(Token(self._decode([best]), float(values[best]), tuple(top)))
+            # decoded alone, a token may lack its space, or be half a letter
+            start = len(self._decode(self.tokens).rstrip("\ufffd"))
+            self.described.append(Token(self._decode([best]), float(values[best]), tuple(top), start))
         return best

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Header, HTTPException
@@ -176,8 +175,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     longest_prompt:
         In tokens; 0 is 1024. A body may have 64 bytes for each of them, and 64 KiB.
     """
-    api = FastAPI(title="hotswap_lab")
-    metrics = Metrics()
+    api, metrics = FastAPI(title="hotswap_lab"), Metrics()
     api.add_middleware(Middleware, most=64 * (longest_prompt or 1024) + 2**16, metrics=metrics)
 
     @api.exception_handler(HotswapError)
@@ -344,15 +342,15 @@ async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _choice(index: int, piece: Piece, kind: str, is_part: bool = False, offset: int = 0) -> dict[str, Any]:
-    """An answer, or a piece of it, as OpenAI writes it. The text begins at ``offset`` in the answer."""
-    logprobs = _logprobs(piece.tokens, kind, offset) if piece.tokens else None
+def _choice(index: int, piece: Piece, kind: str, is_part: bool = False) -> dict[str, Any]:
+    """An answer, or a piece of it, as OpenAI writes it."""
+    logprobs = _logprobs(piece.tokens, kind) if piece.tokens else None
     message = {"role": "assistant", "content": piece.text}
     said = {"text": piece.text} if kind == TEXT else {"delta" if is_part else "message": message}
     return {"index": index, "finish_reason": piece.finish, "logprobs": logprobs, **said}
 
 
-def _logprobs(tokens: Sequence[Token], kind: str, offset: int) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[Token], kind: str) -> dict[str, Any]:
     tops = [{"top_logprobs": [_chosen(*each) for each in token.top]} for token in tokens]
     described = [_chosen(token.text, token.logprob) | top for token, top in zip(tokens, tops, strict=True)]
     if kind == CHAT:
@@ -361,7 +359,7 @@ def _logprobs(tokens: Sequence[Token], kind: str, offset: int) -> dict[str, Any]
         "tokens": [token.text for token in tokens],
         "token_logprobs": [each["logprob"] for each in described],
         "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in described],
-        "text_offset": [*accumulate((len(token.text) for token in tokens[:-1]), initial=offset)],
+        "text_offset": [token.start for token in tokens],
     }
 
 
@@ -390,7 +388,7 @@ async def _events(
     first: tuple[int, Piece], rest: Any, kind: str, frame: dict[str, str | int], has_usage: bool
 ) -> AsyncGenerator[str, None]:
     """The answers as a stream. A client that goes away ends it, and the computing with it."""
-    lengths, ends, got = [0] * 8, [], first
+    ends, got = [], first
 
     def written(choices: list[Any], usage: Any = None) -> str:
         name = f"{kind}.chunk" if kind == CHAT else kind
@@ -400,8 +398,7 @@ async def _events(
         try:
             while got:
                 index, piece = got
-                yield written([_choice(index, piece, kind, True, lengths[index])])
-                lengths[index] += sum(len(token.text) for token in piece.tokens)  # some text may not be sent yet
+                yield written([_choice(index, piece, kind, True)])
                 ends += [piece] if piece.finish else []
                 got = await anext(rest, None)
             if has_usage and ends:

@@ -261,7 +261,7 @@ class Replica:
             except UnreadableError as error:  # it names paths of the server, which are none of a client's business
                 _log.error("A request for %s failed: %s", ", ".join(map(str, request.shares)), error)
                 raise UnreadableError(refusal("unreadable")) from None
-            if self._waits() >= self.options.queue:
+            if len(self._waiting) >= self.options.queue:
                 raise BusyError(refusal("too_many_wait"))
             self._waiting.append(answer)
             if self._worker is None or self._worker.done():
@@ -273,11 +273,9 @@ class Replica:
             raise piece
         finally:
             answer.is_over = True
+            with contextlib.suppress(ValueError):  # its client has gone while it waited
+                self._waiting.remove(answer)
             self._wanted -= Counter(keys)
-
-    def _waits(self) -> int:
-        """How many requests wait whose clients are still there."""
-        return sum(not answer.is_over for answer in list(self._waiting))
 
     def _ids_of(self, request: Request) -> list[int]:
         options, prompt = self.options, request.prompt
@@ -300,7 +298,7 @@ class Replica:
         held = dict(self._held)
         mixes = [each.adapter if isinstance(each.adapter, dict) else {each.adapter: 1.0} for each in self.pool.rows]
         rows = [None if None in mix else "+".join(str(held.get(key)) for key in mix) for mix in mixes]
-        now = {"rows": rows, "held": list(map(str, held.values())), "waiting": self._waits()}
+        now = {"rows": rows, "held": list(map(str, held.values())), "waiting": len(self._waiting)}
         return now | {"dtype": str(self.pool.model.dtype).removeprefix("torch."), **self.counts}
 
     async def _work(self) -> None:
@@ -348,7 +346,10 @@ class Replica:
         for row, answer in enumerate(rows):
             rows[row] = None if answer and answer.is_over else answer
         while self._waiting and None in rows[: self.options.rows]:  # a pool may have one more
-            answer = self._waiting.popleft()
+            try:
+                answer = self._waiting.popleft()
+            except IndexError:  # the last one that waited has gone in this moment
+                break
             if answer.is_over:
                 continue
             there = [each.adapter for each in self.pool.rows]

@@ -58,8 +58,7 @@ class Sampler:
     """
 
     def __init__(self, how: Sampling, prompt: Sequence[int], model: Any, defaults: Any, ends: Sequence[int]):
-        vocabulary = model.config.get_text_config().vocab_size
-        biases = how.logit_bias or {}
+        vocabulary, biases = model.config.get_text_config().vocab_size, how.logit_bias or {}
         if unknown := [token for token in biases if not 0 <= token < vocabulary]:
             raise refused("no_such_token", tokens=unknown[:8], last=vocabulary - 1)
         self.how: Sampling = how

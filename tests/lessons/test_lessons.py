@@ -150,18 +150,20 @@ def test_each_step_can_say_no(capsys):
     for lie in (seen[:2], [(tensors, word) for _, word in seen], [(each, "x") for each, _ in seen[:2]] + seen[2:]):
         assert judged(capsys, **made | dict(seen=lie))["swapped in while it trained"][0] == "✗"
     stronger = {key: value * (1.01 if "lora_B" in key else 1) for key, value in tensors.items()}
-    trainee = demo.load("sort")[0]
-    for parameter in trainee.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     for lie, reason in (
         (dict(seen=[seen[0], *seen[2:] * 3]), "3 or more different weights were seen"),
         (dict(seen=[*seen[:2], (stronger, "ahopstw")]), "the last weights are the folder's"),
         (dict(seen=[seen[2], *seen]), "the first answer is wrong, and the last is right"),
-        (dict(live=trainee), "live is not the model that trains"),
-        (dict(live=demo.load("shout")[0]), "the live model matches a fresh load"),
+        (dict(live=demo.load("sort")[0]), "live was swapped into"),  # as the model that trains was not
+        (dict(live=demo.load("shout")[0]), "the live model matches a fresh load; not so: live was swapped into"),
+        (
+            dict(seen=seen[2:]),
+            "3 or more different weights were seen; not so: the first answer is wrong, and the last is right",
+        ),
     ):
         mark, said = judged(capsys, **made | lie)["swapped in while it trained"]
-        assert (mark, said.split("not so: ")[1:]) == ("✗", [reason]), said
+        assert (mark, said.partition("not so: ")[2]) == ("✗", reason), said
+    assert judged(capsys, **made | dict(seen=[]))["swapped in while it trained"][0] == "✗"
     made |= dict(adapter=demo.adapter_path("shout"), package="nowhere.pt2")
     found = judged(capsys, **made, compiled=lambda **inputs: demo.load_base()(**inputs))
     assert {mark for mark, _ in found.values()} == {"✗"}

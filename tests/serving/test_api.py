@@ -6,18 +6,20 @@ import json
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import httpx2
 import openai
 import pytest
+import torch
 from refusals import refused
 from running import numbers
 from served import FAMILY, SHORT, WORDS, Served, logged
 
 from hotswap_lab.core.errors import refusal
-from hotswap_lab.serving import BusyError, Piece, Sampling, Table, Version
-from hotswap_lab.serving.answers import Token
+from hotswap_lab.serving import BusyError, Piece, Request, Sampling, Table, Version
+from hotswap_lab.serving.answers import Answer, Token
 from hotswap_lab.serving.api import openai_api
 from hotswap_lab.serving.metrics import COUNTERS, GAUGES
 
@@ -25,7 +27,7 @@ SERVER = "http://served"
 TEXT, CHATS, ADMIN = "/v1/completions", "/v1/chat/completions", "/admin/adapters"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 CHAT = {"role": "user", "content": "p"}
-TOKENS = (Token("h", -0.5, (("h", -0.5), ("x", -1.5))), Token("é", -0.25, (("é", -0.25), ("y", float("-inf")))))
+TOKENS = (Token("h", -0.5, (("h", -0.5), ("x", -1.5))), Token("é", -0.25, (("é", -0.25), ("y", float("-inf"))), 1))
 
 
 class Fake:
@@ -437,12 +439,37 @@ def test_logprobs_of_completions():
     assert choice.logprobs.token_logprobs == [-0.5, -0.25]
     assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "y": -9999.0}]
     assert choice.logprobs.text_offset == [0, 1]
-    chunks = asked_of(Fake(tokens=TOKENS), logprobs=2, seed=77, stream=True)
-    assert [chunk.choices[0].logprobs.text_offset for chunk in chunks[:2]] == [[0, 1], [2, 3]]
     assert asked_of(Fake()).choices[0].logprobs is None
-    both = [chunk.choices[0] for chunk in asked_of(Fake(tokens=TOKENS), logprobs=2, n=2, seed=77, stream=True)]
-    for index in (0, 1):  # each counts its own text
-        assert [each.logprobs.text_offset for each in both if each.index == index and each.logprobs] == [[0, 1], [2, 3]]
+
+
+class Spaced:
+    """A tokenizer like Llama 2's: a text's first space is left out; and like others', a letter may take two tokens."""
+
+    parts = (b" one", b" t", b"wo", b" \xc3", b"\xa9", b" three")
+
+    def decode(self, tokens, **_):
+        return b"".join(self.parts[each - 10] for each in tokens).decode(errors="replace").removeprefix(" ")
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_where_the_text_of_a_token_begins(served, is_streamed):
+    fake = SimpleNamespace(**vars(served.replicas[0]) | {"tokenizer": Spaced()})
+
+    async def offsets():
+        request = Request(prompt="p", logprobs=0, stop=("twice",), max_tokens=6, is_streamed=is_streamed)
+        answer = Answer(request, [5], fake)
+        for token in range(10, 16):
+            answer.take(torch.zeros(96), token)
+        await asyncio.sleep(0)
+        pieces = [answer.pieces.get_nowait() for _ in range(answer.pieces.qsize())]
+        assert len(pieces) == (5 if is_streamed else 1)  # "tw" may begin "twice", and half a letter waits
+        return "".join(each.text for each in pieces), [token.start for each in pieces for token in each.tokens]
+
+    text, starts = asyncio.run(offsets())
+    assert text == "one two é three"
+    assert [text[start:] for start in starts] == [
+        *("one two é three", " two é three", "wo é three", " é three", "é three", " three")
+    ]
 
 
 @pytest.mark.parametrize("stop", [None, "tez", ["kx", "notebooks"]])

@@ -247,8 +247,8 @@ def test_requests_whose_clients_have_gone_do_not_wait(monkeypatch):
         assert await asyncio.to_thread(eventually, lambda: replica.state["waiting"] == count)
 
     async def come_and_go():
+        assert await asyncio.to_thread(entered.wait, 60)
         first = asyncio.create_task(ask())
-        await asyncio.to_thread(entered.wait, 60)
         assert await asyncio.to_thread(eventually, lambda: replica._worker and not replica._waiting)
         gone = [asyncio.create_task(ask()) for _ in range(2)]
         await waiting(2)
