@@ -144,8 +144,7 @@ def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict
 def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
     # An export takes one tensor that is passed twice for one input. And the code reads inputs as they lie in memory
     # here, so they are made contiguous, here and in each call.
-    given = copied(given)
-    live = module.forward
+    given, live = copied(given), module.forward
 
     def forward(**arguments: Any) -> Any:
         return live(**arguments)

@@ -73,8 +73,7 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
     """The layers that have other tensors than an adapter with this config."""
     dora, bias = form_for(config)
-    same_kind = slot.reads_base == dora
-    return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or not same_kind]
+    return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or slot.reads_base != dora]
 
 
 def take_base_weights(plan: Plan) -> None:
@@ -242,8 +241,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     if _depends_on_class(plan, fresh):
         return Graft(), None
     _check_complete(plan, fresh)
-    graft = difference(plan, fresh)
-    former = former_layers(host.base, name)
+    graft, former = difference(plan, fresh), former_layers(host.base, name)
     if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
         plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
     twins = fresh.twins

@@ -57,8 +57,7 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
     # a half-precision adapter was loaded with ``autocast_adapter_dtype=False``, so the new one is, too
     to_float32 = not any(tensor.parameter.dtype in (torch.float16, torch.bfloat16) for tensor in slot.tensors)
     twin = make_base_twin(base)
-    twins = dict(named_tensors(twin.model))
-    config = copy.deepcopy(config)
+    twins, config = dict(named_tensors(twin.model)), copy.deepcopy(config)
     if twin.is_unordered and len(getattr(config, "target_parameters", None) or ()) > 1:
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     taken_out = take_out(config)
@@ -135,8 +134,7 @@ def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[st
     if config.is_prompt_learning:
         return dict(tensors)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    own = set(model.state_dict())
-    renamed = {}
+    own, renamed = set(model.state_dict()), {}
     for key, tensor in tensors.items():
         full = key_in_file(key)
         if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):

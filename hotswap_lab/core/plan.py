@@ -219,8 +219,7 @@ class Plan:
     @property
     def rows(self) -> list[tuple[str, int, str, str]]:
         """The lines of the report: action, number of layers, rank, scaling; layers that are alike share a line."""
-        order = list(Action)
-        rows = Counter(layer.row for layer in self.layers).items()
+        order, rows = list(Action), Counter(layer.row for layer in self.layers).items()
         in_order = sorted(rows, key=lambda row: (order.index(row[0][0]), row[0][1:]))
         return [(str(action), count, rank, scaling) for (action, rank, scaling), count in in_order]
 

@@ -55,8 +55,7 @@ def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
 
 def peel(module: torch.nn.Module) -> tuple[list[torch.nn.Module], torch.nn.Module]:
     """The wrappers around a module of the base model, outermost first, and that module."""
-    wrappers = []
-    module = unwrap_compiled(module)
+    wrappers, module = [], unwrap_compiled(module)
     while is_wrapper(module):
         wrappers.append(module)
         module = unwrap_compiled(inside(module))

@@ -199,8 +199,7 @@ def _main(file: str, folder: str) -> None:
     length = config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(source, config=config, model_max_length=length, **options)
     # SmolLM's tokenizer splits numbers into digits; a GGUF file only has the name of that rule
-    backend = tokenizer.backend_tokenizer
-    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend, digits = tokenizer.backend_tokenizer, pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)
     read = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=STORED_DTYPE, **options)

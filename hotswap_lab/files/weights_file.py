@@ -69,8 +69,7 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
     (32, torch.Size([8192]))
     """
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         read = layout_of if length <= LONGEST else layout_of.__wrapped__
         layout = read(file.read(length)) if 8 + length < size else None
     if layout is None or layout.firsts[-1] * layout.dtype.itemsize != size:

@@ -147,7 +147,7 @@ class Calls(TorchFunctionMode):
     count: int = 0
 
     def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += operation is not torch._C._set_grad_enabled
+        self.count += getattr(operation, "__name__", "") != "_set_grad_enabled"  # as no_grad does
         made = operation(*args, **(kwargs or {}))
         return made.fill_(torch.nan) if operation in (torch.empty, torch.empty_like, torch.Tensor.new_empty) else made
 
@@ -160,7 +160,8 @@ def calls(run: Callable[..., object], *arguments: object) -> int:
 
 def addresses(model: torch.nn.Module) -> list[tuple[int, bool]]:
     """Where the tensors are, and whether they are trained."""
-    own = filter(torch.is_tensor, vars(model).values())
+    tables = [vars(model), *(each.scaling for each in model.modules() if hasattr(each, "lora_A"))]
+    own = [each for table in tables for each in table.values() if torch.is_tensor(each)]
     return [(each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers(), *own)]
 
 
@@ -168,8 +169,7 @@ def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | Non
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
     before = addresses(model)
     for name in [*FOLDERS, *reversed(FOLDERS)]:
-        with torch.enable_grad():
-            swap(name)
+        torch.enable_grad()(swap)(name)
         yield name, *same_as_fresh(model, fresh(name), IDS, call)
     yield "all tensors stay at their addresses, trained as before", addresses(model) == before, True
 
@@ -183,7 +183,7 @@ def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator
     with RecompileWatch() as watch:
         # after a recompile, each further swap would take a second, too
         yield from itertools.takewhile(lambda _: not watch.recompiles, visits(model, swap, compiled))
-    yield "recompiles", watch.recompiles, 0
+    yield "recompiles", str(watch).strip(), "0 compiled, 0 recompiles"
     yield "calls that are not compiled", len(uncompiled), 0
 
 
@@ -212,7 +212,9 @@ def part_01(text):
 def part_01b(text):
     """plan and write: a swap into a model that has the right shapes, or a refusal."""
     mini = built("01b", text)
-    live = demo.load("reverse")[0].requires_grad_()  # which is only written to where gradients are off
+    live = demo.load("reverse")[0]
+    for number, each in enumerate(live.parameters()):
+        each.requires_grad = number % 2 == 0  # these are only written to where gradients are off
     for name in ("vowels_up", "shout", "reverse"):
         for each in mini.layers_of(live).values():
             each.lora_B["default"].weight.fill_(torch.inf)  # zeros are not what was there times zero
@@ -227,13 +229,17 @@ def part_01b(text):
         yield "all tensors stay at their addresses, trained as before", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
+    new = {path: (a, b, float(number)) for number, (path, (a, b, _)) in enumerate(new.items())}
+    planned = {float(value) for _, key, value in mini.plan(live, new) if key == "default"}
+    yield "scalings that differ, all in the plan", planned >= {*map(float, range(len(new)))}, True
     a, b, scaling = new[last := max(new)]
     for what, path, rank in (("another rank", last, 3), ("a layer more", "model.lm_head", len(a))):
         wrong = new | {path: (a[:rank], b[:, :rank], scaling)}
         yield what, refused(lambda wrong=wrong: mini.write(mini.plan(live, wrong))), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
     mini.write([(table := {"default": (tensor := torch.tensor(1.0))}, "default", 2.0)])
-    yield "a scaling that is a tensor is filled in place", (table["default"] is tensor, float(tensor)), (True, 2.0)
+    filled = table["default"] is tensor, float(tensor), tensor.requires_grad
+    yield "a scaling that is a tensor: the same one, its value, whether it is trained", filled, (True, 2.0, False)
     mini.padded = lambda values, room: torch.full_like(room, 7)
     sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]
     yield "tensors in a plan that padded has made", sum(sevens), len(sevens)
@@ -287,8 +293,9 @@ def part_03(text):
     yield "what you return", type(model).__name__, "PeftModel"
     yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
-    on_meta = mini.scalings_as_tensors(meta := prepared(mini)[0].to("meta"))
-    yield "you return the model itself", on_meta is meta, True
+    split = prepared(mini)[0]
+    split.get_base_model().model.layers.to("meta")  # and the rest stays where it is
+    yield "you return the model itself", (on_meta := mini.scalings_as_tensors(split)) is split, True
     scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
     kinds = {(each.dim(), str(each.device)) for each in scalings}
     yield "axes and device of each scaling, where the layers are on meta", kinds, {(0, "meta")}
@@ -300,8 +307,7 @@ def part_04(text):
     """Pool: a swap is one copy."""
     mini = built("04", text)
     model, family = with_sort(mini)
-    dtypes = [each.dtype for each in model.parameters()]
-    pool = mini.Pool(model, family)
+    dtypes, pool = [each.dtype for each in model.parameters()], mini.Pool(model, family)
     yield "the dtypes of the parameters stay", [each.dtype for each in model.parameters()] == dtypes, True
     yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
     most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of each, too
@@ -330,8 +336,7 @@ def part_08(text):
     for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
             nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
-            with torch.enable_grad():
-                layer.assign(row, *adapters[name].get(path, nothing))
+            torch.enable_grad()(layer.assign)(row, *adapters[name].get(path, nothing))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
@@ -341,14 +346,16 @@ def part_08(text):
         torch.manual_seed(0)
         biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
         layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
+    yield "a bias, and texts of one token", *first_difference({"y": layer(token)}, {"y": biased(token)})
     places = addresses(layer)
     layer.assign(1, a * torch.inf, b * torch.inf, 1.0)
     yield "all tensors stay at their addresses", addresses(layer) == places, True
     layer.assign(1, a[:1], b[:, :1], 0.5)
-    yield "rank 6 is refused", refused(lambda: layer.assign(1, torch.eye(6), biased.weight, 1.0)) != "no error", True
     expected = biased(token)
     expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T
-    yield "a bias, one token, infinity before, a refusal since", *first_difference({"y": layer(token)}, {"y": expected})
+    yield "rank 1 where infinity was", *first_difference({"y": layer(token)}, {"y": expected})
+    yield "rank 6 is refused", refused(lambda: layer.assign(1, torch.eye(6), biased.weight, 1.0)) != "no error", True
+    yield "nothing is written before a refusal", *first_difference({"y": layer(token)}, {"y": expected})
     few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))
     yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)
 

@@ -35,7 +35,7 @@ def trained(trick: Callable[[str], str], adapter: str) -> tuple[bool, str]:
 
 
 def swapped_in_while_it_trained(
-    trick: Callable[[str], str], adapter: str, live: Any, seen: Sequence[tuple[dict[str, torch.Tensor], str]]
+    trick: Callable[[str], str], adapter: str, trainee: Any, live: Any, seen: Sequence[tuple[dict[str, Any], str]]
 ) -> tuple[bool, str]:
     said, fresh, expected = [answer for _, answer in seen], _fresh(adapter), []
     for tensors, _ in seen:
@@ -48,6 +48,7 @@ def swapped_in_while_it_trained(
         "3 or more different weights were seen": len(weights) > 2,
         "the first answer is wrong, and the last is right": said[:1] != [trick("hotswap")] == said[-1:],
         "live was swapped into": any(each.when for each in loaded(live)),
+        "live and trainee share nothing": _addresses(live).isdisjoint(_addresses(trainee)),
     }
     wrong = "".join(f"; not so: {fact}" for fact, is_so in facts.items() if not is_so)
     answers = f"{' -> '.join(said)}; a fresh load of these weights says {' -> '.join(expected)}"
@@ -89,9 +90,9 @@ def rubric(**made: Any) -> bool:
     Parameters
     ----------
     **made:
-        What there is so far: ``trick``, ``adapter`` (its folder), ``live`` (the model that it was swapped into),
-        ``seen`` (from the training, pairs of the tensors that were swapped in and the live model's answer to
-        "hotswap"), ``pool``, ``compiled``, and ``package`` (the file).
+        What there is so far: ``trick``, ``adapter`` (its folder), ``trainee`` (the model that was trained), ``live``
+        (the model that the adapter was swapped into), ``seen`` (from the training, pairs of the tensors that were
+        swapped in and the live model's answer to "hotswap"), ``pool``, ``compiled``, and ``package`` (the file).
 
     >>> rubric(trick=lambda word: word.upper() + "!")  # doctest: +ELLIPSIS
     ✗ a new trick: hotswap -> HOTSWAP!, as shout does
@@ -118,6 +119,10 @@ def rubric(**made: Any) -> bool:
 
 def _fresh(adapter: str) -> torch.nn.Module:
     return PeftModel.from_pretrained(demo.load_base(), adapter).eval()
+
+
+def _addresses(model: torch.nn.Module) -> set[int]:
+    return {each.data_ptr() for each in model.parameters()}
 
 
 def _asked(model: torch.nn.Module, words: Sequence[str] = WORDS) -> list[str]:

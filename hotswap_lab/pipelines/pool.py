@@ -80,8 +80,7 @@ class PipelinePool:
         check_named(adapters)
         self.pipe: Any = pipe
         self.adapter_name: str = adapter_name
-        self._reading = kwargs
-        self._told = partial(refusals_told, pipe, adapter_name)
+        self._reading, self._told = kwargs, partial(refusals_told, pipe, adapter_name)
         with self._told():
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes

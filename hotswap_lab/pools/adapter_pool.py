@@ -575,7 +575,8 @@ class AdapterPool:
     def summary(self) -> str:
         """One line: the number of adapters, and the memory that they take."""
         names = f"{len(self)} adapter{'s' * (len(self) != 1)}"
-        return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes"
+        rows = f" in each of {len(self._room.assigned)} rows" if self._room.assigned else ""
+        return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes{rows}"
 
     def __str__(self) -> str:
         table, notes = shown_of(self.table, self._members)

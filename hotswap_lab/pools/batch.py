@@ -83,10 +83,8 @@ class Batch:
 
     def watch(self, entries: Sequence[torch.nn.Module], journal: Journal) -> None:
         """Add hooks that check the inputs of the entries."""
-        self.entries = list(entries)
-        slot = self.room.slot
-        tables = [module._modules for module in slot.modules]
-        first = slot.layers[0].module
+        self.entries, slot = list(entries), self.room.slot
+        tables, first = [module._modules for module in slot.modules], slot.layers[0].module
         self.place = next((table, name) for table in tables for name, child in table.items() if child is first)
         journal.record(lambda: self.unwatch(Journal()))
         for number, entry in enumerate(entries):

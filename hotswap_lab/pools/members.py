@@ -180,7 +180,11 @@ def _span(values: Sequence[float]) -> str:
 
 def _stamp_of(path: str | None, hub: Mapping[str, Any]) -> tuple[object, ...] | None:
     """A value that changes when an adapter's folder is written to. None if the path is no folder."""
-    if path is None or not os.path.isdir(path := os.path.join(path, hub.get("subfolder") or "")):
+    if path is None:
         return None
-    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.startswith("adapter_")]
-    return tuple((file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files if os.path.exists(file))
+    folder = os.path.join(path, hub.get("subfolder") or "")
+    try:  # an error of another kind must not look as if there were no folder
+        found = [each for each in os.scandir(folder) if each.name.startswith("adapter_")]
+        return tuple(sorted((each.path, each.stat().st_mtime_ns, each.stat().st_size) for each in found))
+    except (FileNotFoundError, NotADirectoryError):
+        return None

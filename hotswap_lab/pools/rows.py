@@ -263,8 +263,7 @@ def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:
     """The base model, and the modules above the first list of layers, which some models call by themselves."""
-    adapted = {layer.path for layer in slot.layers}
-    entries = {"": slot.host.base}
+    adapted, entries = {layer.path for layer in slot.layers}, {"": slot.host.base}
     for path in adapted:
         names = path.split(".")
         for end in range(1, len(names)):

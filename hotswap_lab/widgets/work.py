@@ -121,8 +121,7 @@ class WorkingView(View):
 
     def stop(self) -> None:
         """End the running job as soon as possible, and cancel a click that waits. The answer so far is kept."""
-        self._next = None
-        self._stopped = True
+        self._next, self._stopped = None, True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for started jobs to end, at most ``timeout`` seconds. Returns whether no job is running."""

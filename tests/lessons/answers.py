@@ -89,6 +89,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "room_a.detach() * 0, room_b.detach() * 0"),
         (WRITE, WRITE.replace(".copy_", ".requires_grad_(False).copy_")),  # the model is no longer trained
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n"),
+        (WRITE, f"table[key].requires_grad_(False)\n                {WRITE}\n                table[key].requires_grad_(True)"),
+        ("a, b, scaling = adapter.get(path, off)", "a, b, _ = adapter.get(path, off)\n        scaling = next(iter(adapter.values()))[2]"),
         (  # right, and what chapter 02 does to padded is in vain
             *("values = padded(a, room_a), padded(b, room_b)", "values = a, b"),
             *("writes += [", "if a.shape != room_a.shape or b.shape != room_b.shape:\n            raise ValueError\n        writes += ["),
@@ -128,6 +130,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (TENSOR, "torch.ones((), device=layer.lora_A[NAME].weight.device)"),
         (TENSOR, TENSOR.replace("float(layer.scaling[NAME])", "[layer.scaling[NAME]]")),
         (TENSOR, "torch.tensor(float(layer.scaling[NAME]))"),
+        (TENSOR, "torch.tensor(float(layer.scaling[NAME]), device=model.device)"),
         (TENSOR, TENSOR.replace("float", "int")),
         (TENSOR, f"shared.setdefault(NAME, {TENSOR})", "    for layer", "    shared = {}\n    for layer"),
         (TENSOR, "float(layer.scaling[NAME])"),
@@ -166,6 +169,10 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
             *(COPY, f"if name not in self.packed:\n            self.packed[name] = torch.cat([torch.as_tensor(v).flatten() for *_, v in plan(self.model, self.family[name])])\n        {COPY}"),
             *("        plans =", "        self.model, self.family = model, family\n        plans ="),
             *("            for name, writes in plans.items()", "            for name, writes in ()"),
+        ),
+        (  # the scalings one by one, and each swap puts other tensors there
+            *(COPY, f"{COPY}\n        for (table, key, _), (_, _, value) in zip(self.plans[name], self.plans[name]):\n            if key != 'weight':\n                table[key] = torch.tensor(float(value))"),
+            *("        plans =", "        self.plans = plans ="),
         ),
         ("        self.memory.copy_(", "        torch._foreach_copy_(self.targets, self.parts[", "self.packed[name])", "name])", "        for target, part", "        self.targets = targets\n        self.parts = {name: [torch.as_tensor(value) for *_, value in writes] for name, writes in plans.items()}\n        for target, part"),  # not where gradients are on
     ],

@@ -143,7 +143,8 @@ def test_each_step_can_say_no(capsys):
     live, _ = demo.load("reverse")
     pool = AdapterPool(live, adapters={"reverse": demo.adapter_path("reverse"), "mine": path}, rows=4, progress=False)
     pool.swap("mine")
-    made = dict(trick=demo.TASKS["sort"], adapter=path, live=live, seen=seen, pool=pool)
+    trainee = demo.load("sort")[0]
+    made = dict(trick=demo.TASKS["sort"], adapter=path, trainee=trainee, live=live, seen=seen, pool=pool)
     found = judged(capsys, **made)
     assert [found[step][0] for step in ("a new trick", "trained", "swapped in while it trained")] == ["✗", "✓", "✓"]
     assert found["a new trick"][1] == "hotswap -> ahopstw, as sort does"
@@ -154,7 +155,8 @@ def test_each_step_can_say_no(capsys):
         (dict(seen=[seen[0], *seen[2:] * 3]), "3 or more different weights were seen"),
         (dict(seen=[*seen[:2], (stronger, "ahopstw")]), "the last weights are the folder's"),
         (dict(seen=[seen[2], *seen]), "the first answer is wrong, and the last is right"),
-        (dict(live=demo.load("sort")[0]), "live was swapped into"),  # as the model that trains was not
+        (dict(live=demo.load("sort")[0]), "live was swapped into"),
+        (dict(trainee=live), "live and trainee share nothing"),
         (dict(live=demo.load("shout")[0]), "the live model matches a fresh load; not so: live was swapped into"),
         (
             dict(seen=seen[2:]),
