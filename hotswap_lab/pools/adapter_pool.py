@@ -575,7 +575,7 @@ class AdapterPool:
     def summary(self) -> str:
         """One line: the number of adapters, and the memory that they take."""
         names = f"{len(self)} adapter{'s' * (len(self) != 1)}"
-        rows = f" in each of {len(self._room.assigned)} rows" if self._room.assigned else ""
+        rows = f" in each of {count} rows" if (count := getattr(self._room, "rows", 0)) else ""
         return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes{rows}"
 
     def __str__(self) -> str:

@@ -612,6 +612,19 @@ def test_a_file_that_changed_since_is_refused(model, sources, tmp_path):
     refused("have changed since it was added", pool.swap, dropped)
 
 
+def test_an_error_while_files_are_looked_at_is_no_missing_folder(model, sources, monkeypatch):
+    """The pool would remember that there were none, and refuse them later as changed."""
+    pool = pool_of(model, {"a": sources["a"], "b": sources["b"]})
+
+    def fails(_):
+        raise OSError("pretended")
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(OSError, match="pretended"):
+        pool.add("c", sources["c"])
+    assert [*pool] == ["a", "b"]
+
+
 @pytest.mark.parametrize("how", ["an adapter", "tensors and a config", "a learner"])
 def test_new_weights_for_a_dropped_adapter_need_nothing_of_its_files(model, sources, how):
     """A trainer writes its next checkpoint to the same folder."""

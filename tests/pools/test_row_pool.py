@@ -79,6 +79,14 @@ def test_with_disabled_adapters_a_batch_has_any_size(model, pool):
     refused("rows", call, model, inputs)
 
 
+def test_the_room_that_is_named_is_that_of_each_row(pool, model, folders):
+    alone = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, target_rank=12, progress=False)
+    named = [int(each.summary.partition("room of ")[2].partition(" ")[0].replace(",", "")) for each in (pool, alone)]
+    assert pool.summary.endswith("bytes in each of 4 rows")
+    assert alone.summary.endswith("bytes")
+    assert named[1] / 2 < named[0] <= named[1]  # not four times as much
+
+
 def test_labels_and_blocks(pool, truth):
     assert pool.rows == []
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
