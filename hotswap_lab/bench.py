@@ -275,7 +275,9 @@ class Scene:
     """
 
     def __init__(self, base: torch.nn.Module, settings: Settings, folders: Sequence[str]):
-        self.base, self.settings, self.folders = base, settings, folders
+        self.base = base
+        self.settings = settings
+        self.folders = folders
         self.adapters: list[Adapter] = [Adapter.load(folder) for folder in folders]
         # adapters of a half-precision model stay in half precision
         self.options: dict[str, Any] = dict(torch_device=settings.device, autocast_adapter_dtype=False)

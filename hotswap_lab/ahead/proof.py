@@ -31,8 +31,7 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
         for path, (arguments, named), expected in calls:
             module = top.get_submodule(path)
             with kept(module):
-                actual = compiled[path](*arguments, **named), [*module.buffers()]
-                off = _difference(actual, expected)
+                off = _difference((compiled[path](*arguments, **named), [*module.buffers()]), expected)
             if off and not _is_random(calls, _calls(top, compiled, given, seed=1)):
                 raise refused("ahead_not_proven", path=path or type(top).__name__, off=off)
 

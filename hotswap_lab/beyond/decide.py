@@ -219,8 +219,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     is_usual = not (kept_originals(host.base, name) or slot.once(overlaps_in))
     may_restore = plan.base_weights and lost_originals(host, name)
     if known and is_usual and not may_restore and known.fit(slot, adapter):
-        plan.config = known.completed(config)
-        graft = known.graft_of(adapter)
+        plan.config, graft = known.completed(config), known.graft_of(adapter)
         graft.base.lost = lost_originals(host, name)
         return graft, known
     if isinstance(slot.method, General) and others_merged:

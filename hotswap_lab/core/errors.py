@@ -66,7 +66,8 @@ class HotswapError(ValueError, RuntimeError):
     SHOWN = 3
 
     def __init__(self, *refusals: Refusal):
-        self.refusals, lines = refusals, list(map(str, refusals))
+        self.refusals = refusals
+        lines = list(map(str, refusals))
         if len(refusals) > self.SHOWN:
             first = {each.next_step: each for each in reversed(refusals)}
             lines = [str(each) for each in refusals if each is first[each.next_step]][: self.SHOWN]
