@@ -378,8 +378,7 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
 
 def _comparable(value: object) -> object:
     """A list of names as a set, even an empty one, since PEFT makes sets of these for some architectures."""
-    is_names = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
-    return set(value) if is_names else value
+    return set(value) if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value) else value
 
 
 def _are_equal(first: object, second: object) -> bool:

@@ -51,8 +51,7 @@ def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solutio
         return solution(plan) or as_plan(plan, Change())
 
     slot = resolve_slot(model, "default")
-    adapter = Adapter.from_state_dict(tensors, slot.config)
-    carry_out([make_plan(slot, adapter, passes=[plan_gains, *PASSES])])
+    carry_out([make_plan(slot, Adapter.from_state_dict(tensors, slot.config), passes=[plan_gains, *PASSES])])
 
 
 @Exercise

@@ -1,5 +1,6 @@
 """The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -106,8 +107,7 @@ class Members(dict[str, Member]):
     def _read(self, member: Member, source: object) -> Packed:
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
         stamp = _stamp_of(path, self.hub)
-        hub = {**self.hub, "revision": member.revision} if member.revision else self.hub
-        adapter = read(source, **hub)
+        adapter = read(source, **({**self.hub, "revision": member.revision} if member.revision else self.hub))
         packed = self.pack(member, adapter, not isinstance(source, tuple))
         member.source, member.stamp, member.revision = path, stamp, adapter.revision
         member.nbytes = packed.nbytes
@@ -183,8 +183,10 @@ def _stamp_of(path: str | None, hub: Mapping[str, Any]) -> tuple[object, ...] | 
     if path is None:
         return None
     folder = os.path.join(path, hub.get("subfolder") or "")
-    try:  # an error of another kind must not look as if there were no folder
-        found = [each for each in os.scandir(folder) if each.name.startswith("adapter_")]
+    try:
+        found = [each for each in os.scandir(folder) if each.name.startswith("adapter_") and each.is_file()]
         return tuple(sorted((each.path, each.stat().st_mtime_ns, each.stat().st_size) for each in found))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError) as error:  # of another kind than these, it must not look as if there were no folder
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
         return None

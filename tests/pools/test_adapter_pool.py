@@ -625,6 +625,24 @@ def test_an_error_while_files_are_looked_at_is_no_missing_folder(model, sources,
     assert [*pool] == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["nul\0", "x" * 5000, "none/here"])
+def test_what_can_be_no_folder_is_refused_as_such(model, sources, name):
+    pool = pool_of(model, {"a": sources["a"]})
+    refused("adapter_config.json", pool.add, "c", name)
+
+
+def test_a_link_to_nowhere_hides_no_change(model, sources):
+    pool, dropped = small_pool(model, sources)
+    Path(sources[dropped], "adapter_old").symlink_to("nowhere")  # not there when the pool looked, and no file
+    pool.swap(dropped)
+    for name in sources:
+        pool.swap(name)
+    dropped = in_files(pool)[0]
+    Path(sources[dropped], "adapter_older").symlink_to("nowhere")
+    save_file(times(2, sources[dropped]), Path(sources[dropped], "adapter_model.safetensors"), {"format": "pt"})
+    refused("have changed since it was added", pool.swap, dropped)
+
+
 @pytest.mark.parametrize("how", ["an adapter", "tensors and a config", "a learner"])
 def test_new_weights_for_a_dropped_adapter_need_nothing_of_its_files(model, sources, how):
     """A trainer writes its next checkpoint to the same folder."""
