@@ -335,20 +335,20 @@ def on_page(page: str, rows: str) -> str:
     return before + BEGIN + rows + END + rest.partition(END)[2]
 
 
-def try_all() -> dict[str, dict]:
-    """What is found without each room, without all leaves, and with core alone."""
+def tried(*chosen: str) -> dict[str, dict]:
+    """What is found without each room, without all ``leaves``, and with ``core alone``; or in those of them that are named."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("torch", "peft", "transformers", "diffusers", "fastapi", "ipywidgets", "torch._dynamo"):
         importlib.import_module(name)  # once, for all forks
     everything = [each for each in rooms() if each not in ("__init__", "compat", "core")]
     tries = {room: ([room], swaps) for room in (*leaves(), *NEEDED)}
     tries |= {"leaves": (leaves(), swaps), "core alone": (everything, core_alone)}
-    return {name: tried_without(*each) for name, each in tries.items()}
+    return {name: tried_without(*tries[name]) for name in chosen or tries}
 
 
 if __name__ == "__main__":
-    found = try_all()
-    if sys.argv[1:] == ["--json"]:
+    found = tried(*sys.argv[2:])
+    if sys.argv[1:]:  # --json, and what to try
         print(json.dumps(found))
     else:
         PICTURE.write_text(picture(), encoding="utf-8")

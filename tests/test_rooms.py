@@ -15,23 +15,35 @@ import rooms
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each room is taken away in a fork")
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, dict]:
-    command = [sys.executable, rooms.__file__, "--json"]
+def tried(*names: str) -> dict[str, dict]:
+    command = [sys.executable, rooms.__file__, "--json", *names]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
-@pytest.mark.parametrize("gone", [*rooms.leaves(), "leaves", "core alone"])
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict]:
+    return tried()
+
+
+#: the most that can go at once, with which each leaf goes, too; and what can't
+MOST = ("leaves", "core alone")
+
+
+def test_plain_lora_goes_on_without_all_that_can_go_and_needs_the_rest():
+    found = tried(*MOST, *rooms.NEEDED)
+    assert [found[each]["error"] for each in MOST] == [None, None]
+    for gone in rooms.NEEDED:
+        assert f"hotswap_lab.{gone}" in found[gone]["error"]
+        assert not {each for each in found[gone]["failed"] if each.startswith("core")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gone", rooms.leaves())
 def test_plain_lora_goes_on_without_it(found, gone):
     assert found[gone]["error"] is None, found[gone]["error"]
 
 
-@pytest.mark.parametrize("gone", rooms.NEEDED)
-def test_the_public_functions_need_these(found, gone):
-    assert f"hotswap_lab.{gone}" in found[gone]["error"]
-    assert not {each for each in found[gone]["failed"] if each.startswith("core")}
-
-
+@pytest.mark.long
 def test_the_page_shows_the_table(found):
     page = rooms.PAGE.read_text(encoding="utf-8")
     assert page == rooms.on_page(page, rooms.table(found)), "python tests/rooms.py writes it"
