@@ -336,7 +336,7 @@ def on_page(page: str, rows: str) -> str:
 
 
 def tried(*chosen: str) -> dict[str, dict]:
-    """What is found without each room, without all ``leaves``, and with ``core alone``; or with ``chosen`` ones of these."""
+    """What is found without each room, without all ``leaves``, and with ``core alone``; or of these the ``chosen``."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("torch", "peft", "transformers", "diffusers", "fastapi", "ipywidgets", "torch._dynamo"):
         importlib.import_module(name)  # once, for all forks
