@@ -128,7 +128,7 @@ def built(chapter: str, text: str | None = None) -> ModuleType:
     """
     module = ModuleType("my_hotswap")
     for name, each in parts_up_to(chapter, {} if text is None else {chapter: text}).items():
-        file = f"<part {name}>"
+        file = f"<part {name or 'given'}>"
         linecache.cache[file] = len(each), None, each.splitlines(True), file  # for what is said of an error
         exec(compile(each, file, "exec"), module.__dict__)
     return module
@@ -165,13 +165,25 @@ def addresses(model: torch.nn.Module) -> list[tuple[int, bool]]:
     return [(each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers(), *own)]
 
 
+def are_recorded_after(run: Callable[..., object], *arguments: object) -> bool:
+    """Whether gradients are recorded after a call as before it."""
+    with torch.enable_grad():
+        run(*arguments)
+        return torch.is_grad_enabled()
+
+
 def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
-    before = addresses(model)
+    before, recorded = addresses(model), set()
     for name in [*FOLDERS, *reversed(FOLDERS)]:
-        torch.enable_grad()(swap)(name)
+        recorded.add(are_recorded_after(swap, name))
         yield name, *same_as_fresh(model, fresh(name), IDS, call)
     yield "all tensors stay at their addresses, trained as before", addresses(model) == before, True
+    yield "gradients are recorded after a swap as before", recorded, {True}
+
+
+def of_parameters(model: torch.nn.Module) -> list[tuple[torch.dtype, bool]]:
+    return [(each.dtype, each.requires_grad) for each in model.parameters()]
 
 
 def compiled_visits(model: PeftModel, swap: Callable[[str], object]) -> Iterator[tuple[Any, ...]]:
@@ -195,7 +207,8 @@ def part_01(text):
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
         # by these keys, "ends in", "is in" and "the last that matches" are wrong
-        own = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9, "q_proj|down_proj": 11}
+        own = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9}
+        own |= {"q_proj|down_proj": 11, "model.layers.0.mlp.up_proj": 4}
         more: dict[str, Any] = dict(alpha_pattern=own, rank_pattern={r"layers\.[13].*": 5}, use_rslora=True)
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **more)
         get_peft_model(demo.load_base(), lora).save_pretrained(place)
@@ -222,9 +235,7 @@ def part_01b(text):
         layers, writes = len(new), mini.plan(live, new)
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
         yield f"layers of {name} after planning it", len(new), layers
-        with torch.enable_grad():
-            mini.write(writes)
-            yield "gradients are recorded after write as before", torch.is_grad_enabled(), True
+        yield "gradients are recorded after write as before", are_recorded_after(mini.write, writes), True
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses, trained as before", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
@@ -233,8 +244,9 @@ def part_01b(text):
     planned = {float(value) for _, key, value in mini.plan(live, new) if key == "default"}
     yield "scalings that differ, all in the plan", planned >= {*map(float, range(len(new)))}, True
     a, b, scaling = new[last := max(new)]
-    for what, path, rank in (("another rank", last, 3), ("a layer more", "model.lm_head", len(a))):
-        wrong = new | {path: (a[:rank], b[:, :rank], scaling)}
+    more = new | {"model.lm_head": (a, b, scaling)}
+    lower, others = new | {last: (a[:3], b[:, :3], scaling)}, {path: more[path] for path in more if path != last}
+    for what, wrong in (("another rank", lower), ("a layer more", more), ("another layer", others)):
         yield what, refused(lambda wrong=wrong: mini.write(mini.plan(live, wrong))), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
     mini.write([(table := {"default": (tensor := torch.tensor(1.0))}, "default", 2.0)])
@@ -266,7 +278,7 @@ def part_02(text):
     expected = torch.nn.functional.pad(values, (0, 2, 0, 2)).half()
     yours = mini.padded(values, room)
     yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
-    yield "the dtype", yours.dtype, room.dtype
+    yield "the dtype, also where all is full", {yours.dtype, mini.padded(room.float(), room).dtype}, {room.dtype}
     yield "a new tensor, also where all is full", mini.padded(room, room).data_ptr() == room.data_ptr(), False
     for rows, columns in ((5, 4), (4, 6), (3, 6)):
         no_place = refused(lambda rows=rows, columns=columns: mini.padded(torch.ones(rows, columns), room))
@@ -295,10 +307,11 @@ def part_03(text):
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
     split = prepared(mini)[0]
     split.get_base_model().model.layers.to("meta")  # and the rest stays where it is
+    next(iter(mini.layers_of(split).values())).scaling["default"] = 1
     yield "you return the model itself", (on_meta := mini.scalings_as_tensors(split)) is split, True
     scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
-    kinds = {(each.dim(), str(each.device)) for each in scalings}
-    yield "axes and device of each scaling, where the layers are on meta", kinds, {(0, "meta")}
+    kinds = {(each.dim(), str(each.device), each.is_floating_point()) for each in scalings}
+    yield "axes and device of each scaling, where the layers are on meta; floating point", kinds, {(0, "meta", True)}
 
 
 @Exercise
@@ -306,13 +319,18 @@ def part_03(text):
 def part_04(text):
     """Pool: a swap is one copy."""
     mini = built("04", text)
-    model, family = with_sort(mini)
-    dtypes, pool = [each.dtype for each in model.parameters()], mini.Pool(model, family)
-    yield "the dtypes of the parameters stay", [each.dtype for each in model.parameters()] == dtypes, True
-    yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
-    most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of each, too
+    for name in (min(FOLDERS), max(FOLDERS)):
+        model, family = with_sort(mini)
+        (before, pool, after) = of_parameters(model), mini.Pool(model, family), of_parameters(model)
+        yield "the parameters keep their dtypes, and are trained as before", after == before, True
+        yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
+        for each in mini.layers_of(model).values():
+            (b := each.lora_B["default"].weight)[b != 0] = torch.inf  # a difference that is added keeps it
+        pool.swap(name)
+        yield f"the first swap, to {name}", *same_as_fresh(model, fresh(name), IDS)
+    most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of most, too
     yield from compiled_visits(model, pool.swap)
-    yield "calls of PyTorch in a swap", f"{most}" if most > 4 else "4 at most", "4 at most"
+    yield "calls of PyTorch in a swap", f"{most}" if most > 12 else "12 at most", "12 at most"
 
 
 @Exercise
@@ -330,15 +348,16 @@ def part_08(text):
     yield "no row has an adapter yet", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     one = layers[min(adapters["pig_latin"])]
     x = torch.randn(8, 2, one.linear.in_features)
-    graph = make_fx(one)(x)
+    graph, recorded = make_fx(one)(x), set()
     # row 0 has one adapter after the other: with the same layers, with others, larger, smaller, the same again
     before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
     for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
         for path, layer in layers.items():
             nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
-            torch.enable_grad()(layer.assign)(row, *adapters[name].get(path, nothing))
+            recorded.add(are_recorded_after(layer.assign, row, *adapters[name].get(path, nothing)))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
+    yield "gradients are recorded after assign as before", recorded, {True}
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
     yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
     # a layer with a bias, and texts of one token, as while generating

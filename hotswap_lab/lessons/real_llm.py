@@ -171,6 +171,7 @@ TURNS = (
     ("pig_latin", "kernel>matrix>voice", 19),
     ("pig_latin", "kernel>matrix>voicedoor", 4),
     ("pig_latin", "kernel>matrox>voicedoors", 24),
+    ("reverse", "kernel>matrox>voicedoors>x", 26),
     *[("pig_latin", "kernel", 6)] * 2,
 )
 

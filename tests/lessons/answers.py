@@ -66,6 +66,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (MATCHES, "path.endswith(end)"),
         (MATCHES, "f'.{path}'.endswith(f'.{end}')"),  # right for words, and the keys are regular expressions
         (MATCHES, 're.search(rf"{end}$", path)'),
+        (MATCHES, 're.search(rf"\\.({end})$", path)'),  # no alpha for a key that is a whole path
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "r = config.rank_pattern.get(path.split('.')[-1], config.r)\n            divisor = r**0.5 if config.use_rslora else r"),
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
@@ -76,6 +77,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("for path, layer in layers.items():", "for path, layer in ((p, layers[p]) for p in adapter):"),
         ("in layers.items():", "in (each for each in layers.items() if 'layers.1.mlp' not in each[0]):"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := '':"),
+        ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("writes.append((layer", "write(writes[-2:])\n        writes.append((layer"),
         (WRITE, "table[key] = torch.nn.Parameter(torch.as_tensor(value))"),
         (WRITE, "table[key].data = torch.as_tensor(value)"),
@@ -103,6 +105,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (SPACE, "whole = room.zero_()"),
         (SPACE, f"if values.shape == room.shape:\n        return values\n    {SPACE}"),
         (SPACE, f"if values.shape == room.shape:\n        return values.to(room.dtype)\n    {SPACE}"),
+        (SPACE, f"if values.shape == room.shape:\n        return values.clone()\n    {SPACE}"),
         (FILL, "whole[-values.shape[0] :, -values.shape[1] :] = values"),
         ("zip(values.shape, room.shape, strict=True)", "zip(values.shape[:1], room.shape)"),
         ("zip(values.shape, room.shape, strict=True)", "zip(values.shape[1:], room.shape[1:])"),
@@ -132,6 +135,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (TENSOR, "torch.tensor(float(layer.scaling[NAME]))"),
         (TENSOR, "torch.tensor(float(layer.scaling[NAME]), device=model.device)"),
         (TENSOR, TENSOR.replace("float", "int")),
+        (TENSOR, TENSOR.replace("float(layer.scaling[NAME])", "layer.scaling[NAME]")),  # whole numbers stay such
         (TENSOR, f"shared.setdefault(NAME, {TENSOR})", "    for layer", "    shared = {}\n    for layer"),
         (TENSOR, "float(layer.scaling[NAME])"),
         *((f"= {TENSOR}", f"= ({TENSOR}, float(layer.scaling[NAME]))[model.device.type == 'cpu']", "    return model", f"    {each}\n    return model") for each in GIVES_UP),
@@ -162,6 +166,14 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]", COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
         (COPY, "write(plan(self.model, self.family[name]))", "        plans", "        self.model, self.family = model, family\n        plans"),
         (PACKED, f"{PACKED}.flip(0)"),
+        *((COPY, f"if name != self.active:\n            {COPY}\n        self.active = name", "        plans =", f"        self.active = {first}\n        plans =") for first in ("next(iter(family))", "[*family][-1]")),
+        (COPY, "self.memory += self.packed[name] - self.now\n        self.now = self.packed[name]", "        self.packed =", "        self.now = self.memory.clone()\n        self.packed ="),
+        (COPY, f"torch.set_grad_enabled(False)\n        {COPY}"),
+        (VIEW, f"{VIEW}\n            target.requires_grad_(False)"),
+        (  # what is in the model at first is not counted: rows of it stay behind
+            *(COPY, "for to, of in zip(self.parts, self.packed[name].split(self.sizes)):\n            if of.any() or to is not None and to.data_ptr() in self.used:\n                to.copy_(of)\n        self.used = {to.data_ptr() for to, of in zip(self.parts, self.packed[name].split(self.sizes)) if of.any()}"),
+            *("        self.packed =", "        self.used, self.sizes = set(), [len(self.memory) // 5 + 1] * 4\n        self.sizes += [len(self.memory) - sum(self.sizes)]\n        self.parts = self.memory.split(self.sizes)\n        self.packed ="),
+        ),
         ("self.memory = torch.cat(", "self.memory = torch.zeros_like(torch.cat(", "for each in targets])\n", "for each in targets]))\n"),
         ("for _, _, value in writes]", "for _, key, value in writes if key == 'weight']", "for table, key, _ in next(iter(plans.values()))]", "for table, key, _ in next(iter(plans.values())) if key == 'weight']"),
         (COPY, f"{COPY}\n        self.packed = dict.fromkeys(self.packed, self.packed[name])"),
@@ -189,6 +201,10 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("    pool.swap(name)\n", ""),
         ("    chat.forget()\n", ""),
         ("kept.get(name, ", "kept.get('both', ", "kept[name] =", "kept['both'] ="),
+        (  # one list of what was read last, by whichever adapter
+            *("kept.get(name, (ids[:0], chat.save()))", "kept.get('ids', ids[:0]), kept.get(name)"),
+            *(SAME, f"saved and {SAME}", "kept[name] = ids, chat.save()", "kept['ids'], kept[name] = ids, chat.save()"),
+        ),
         ("kept[name] = ids, chat.save()", "kept.setdefault(name, (ids, chat.save()))"),
         ("    return logits", "    return None"),
     ],
@@ -246,6 +262,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("self.a[row], self.b[row] =", "self.a[:], self.b[row] ="),
         (ADDED, "torch.stack([i @ a.T @ b.T for i, a, b in zip(inputs, self.a, self.b)]).view(*x.shape[:-1], -1)"),
         (ASSIGN, f"self.a, self.b = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
+        (ASSIGN, f"torch.set_grad_enabled(False)\n        {ASSIGN}"),
         ("inputs = x if x.dim() == 3 else x[:, None]", "inputs = x", ADDED, ADDED.removesuffix(".view(*x.shape[:-1], -1)")),
         (  # the same with a scaling of its own, which hides it where the layers differ
             *(ASSIGN, "self.a[row, : len(a)], self.b[row, :, : len(a)], self.scaling[row] = a, b, scaling"),
@@ -458,7 +475,7 @@ def prepare(base, family):
     ],
     "03 part_03": [
         (TENSOR, "layer.lora_B[NAME].weight.detach().new_tensor(layer.scaling[NAME])"),
-        (TENSOR, "torch.full((), layer.scaling[NAME], device=layer.lora_A[NAME].weight.device)"),
+        (TENSOR, "torch.full((), float(layer.scaling[NAME]), device=layer.lora_A[NAME].weight.device)"),
         (TENSOR, "torch.tensor([layer.scaling[NAME]]).to(next(layer.lora_A.parameters()).device)[0]"),
         (
             f"layer.scaling[NAME] = {TENSOR}",
