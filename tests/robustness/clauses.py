@@ -93,7 +93,19 @@ class Noting(ast.NodeTransformer):
 
 
 def decided(first: int, stops: bool, only_truth: bool, *clauses: Callable[[], Any]) -> Any:
-    """What ``and`` or ``or`` gives; notes on which clause it depended. ``stops``: at what truth no more is asked."""
+    """What ``and`` or ``or`` gives; notes on which clause it depended. ``stops``: at what truth no more is asked.
+
+    >>> decided(0, False, True, lambda: True, lambda: False)  # the second clause decides
+    False
+    >>> decided(2, False, True, lambda: False, lambda: 1 / 0)  # the first one keeps an error away
+    False
+    >>> decided(4, False, True, lambda: False, lambda: False)  # each of the two is enough
+    False
+    >>> decided(6, True, False, lambda: 0, lambda: ())  # what comes out is no truth, but a value
+    ()
+    >>> sorted(seen)
+    [1, 2, 7]
+    """
     found: list[Any] = []
     for each in clauses:
         found.append(each())
