@@ -321,8 +321,13 @@ def part_04(text):
     mini = built("04", text)
     for name in (min(FOLDERS), max(FOLDERS)):
         model, family = with_sort(mini)
-        (before, pool, after) = of_parameters(model), mini.Pool(model, family), of_parameters(model)
+        for number, each in enumerate(model.parameters()):
+            each.requires_grad = number % 2 == 0
+        before = of_parameters(model)
+        with torch.enable_grad():
+            pool, recorded, after = mini.Pool(model, family), torch.is_grad_enabled(), of_parameters(model)
         yield "the parameters keep their dtypes, and are trained as before", after == before, True
+        yield "gradients are recorded after making the pool as before", recorded, True
         yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
         for each in mini.layers_of(model).values():
             (b := each.lora_B["default"].weight)[b != 0] = torch.inf  # a difference that is added keeps it
@@ -351,7 +356,8 @@ def part_08(text):
     graph, recorded = make_fx(one)(x), set()
     # row 0 has one adapter after the other: with the same layers, with others, larger, smaller, the same again
     before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
-    for row, name in [*((0, name) for name in before), *enumerate(FOLDERS)]:
+    turns = [(0, name) for name in before] + [*enumerate(FOLDERS)]
+    for row, name in [*turns, *((7 - row, name) for row, name in enumerate(FOLDERS))]:
         for path, layer in layers.items():
             nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
             recorded.add(are_recorded_after(layer.assign, row, *adapters[name].get(path, nothing)))
@@ -373,7 +379,8 @@ def part_08(text):
     expected = biased(token)
     expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T
     yield "rank 1 where infinity was", *first_difference({"y": layer(token)}, {"y": expected})
-    yield "rank 6 is refused", refused(lambda: layer.assign(1, torch.eye(6), biased.weight, 1.0)) != "no error", True
+    higher = torch.ones(3, 6), torch.ones(4, 3), 1.0
+    yield "rank 3 is refused", refused(lambda: layer.assign(1, *higher)) != "no error", True
     yield "nothing is written before a refusal", *first_difference({"y": layer(token)}, {"y": expected})
     few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))
     yield "calls of PyTorch for eight rows, and for two", (many, few), (few, few)

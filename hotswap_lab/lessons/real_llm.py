@@ -162,14 +162,15 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 
 # --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
-#: who answers which prompt, and how many tokens must be read for it. The fourth begins a conversation, and so does the
-#: sixth, which differs from the one before in the middle only, and the last two, which are the same
+#: who answers which prompt, and how many tokens must be read for it. The fourth begins a conversation, the seventh one
+#: that differs in the middle only, with which the other adapter goes on; the last two are the same
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),
     ("reverse", "hot>tohswap>apsway", 11),
     ("pig_latin", "kernel>matrix>voice", 19),
     ("pig_latin", "kernel>matrix>voicedoor", 4),
+    ("pig_latin", "kernel>matrix>voicedoorways", 4),
     ("pig_latin", "kernel>matrox>voicedoors", 24),
     ("reverse", "kernel>matrox>voicedoors>x", 26),
     *[("pig_latin", "kernel", 6)] * 2,
