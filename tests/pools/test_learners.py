@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from lengths import long
-from models import KINDS, call, load, lora_layers, save_random_adapter
+from models import KINDS, Kind, call, load, lora_layers, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from peft.utils import get_peft_model_state_dict
 from pool_sources import LLAMA
@@ -47,6 +47,16 @@ def plans(monkeypatch):
     made, plan = [], adapter_pool.make_plan
     monkeypatch.setattr(adapter_pool, "make_plan", lambda *args, **named: made.append(1) or plan(*args, **named))
     return made
+
+
+class Ordered(torch.nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, torch.nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
 
 
 def assert_is_of(model, learner, folder, kind=LLAMA):
@@ -107,6 +117,38 @@ def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, t
     learner = learner_of(sources["b"])
     pool.update("b", learner)
     assert_is_of(model, learner, tmp_path / "other")
+
+
+def doubled(module, state, prefix, _) -> None:
+    state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+
+
+@pytest.mark.parametrize("what", ["a field that can't be compared", "a hook that changes what is saved"])
+def test_what_can_not_be_copied_is_planned_each_time(model, pool, sources, tmp_path, what):
+    learner = learner_of(sources["b"])
+    if what.startswith("a hook"):
+        lora_layers(learner)[0].lora_A["default"]._register_state_dict_hook(doubled)
+    else:
+        learner.peft_config["default"].note = lambda: None
+    pool.swap("b")
+    for number, alpha in enumerate((5, 5, 99)):
+        step(learner, number)
+        learner.peft_config["default"].lora_alpha = alpha
+        pool.update("b", learner)
+        assert_is_of(model, learner, tmp_path / str(number))
+
+
+def test_a_learner_with_its_layers_in_another_order(tmp_path):
+    def kind(*names: str) -> Kind:
+        return Kind(lambda: Ordered(names), lambda: torch.randn(3, 8), ("one", "two"))
+
+    folder = save_random_adapter(kind("one", "two"), tmp_path / "made", seed=1, r=4)
+    model, learner = load(kind("one", "two"), folder), learner_of(folder, kind("two", "one"))
+    pool = AdapterPool(model, adapters={"a": folder}, progress=False)
+    for each in (learner_of(folder, kind("one", "two")), learner):
+        pool.update("a", each)
+    pool.swap("a")
+    assert_is_of(model, learner, tmp_path / "saved", kind("one", "two"))
 
 
 def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_path):
