@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,34 @@ def test_a_learner_with_its_layers_in_another_order(tmp_path):
         pool.update("a", each)
     pool.swap("a")
     assert_is_of(model, learner, tmp_path / "saved", kind("one", "two"))
+
+
+def test_a_learner_with_numbers_above_half_precision(tmp_path):
+    """They are infinite, as after a fresh load, and those of the next update are what they are."""
+    kind, half = KINDS["linear"], replace(KINDS["linear"], make_random=lambda: KINDS["linear"].make_random().half())
+    folder = save_random_adapter(kind, tmp_path / "made", seed=1, r=4)
+    model, learner = load(half, folder, autocast_adapter_dtype=False), learner_of(folder, kind)
+    pool = AdapterPool(model, adapters={"a": folder}, progress=False)
+    pool.swap("a")
+    for value in (1e6, 0.5):
+        lora_layers(learner)[0].lora_B["default"].weight.data.fill_(value)
+        pool.update("a", learner)
+        assert lora_layers(model)[0].lora_B["default"].weight.eq(torch.inf if value > 1 else value).all()
+
+
+def test_a_learner_with_another_path_to_a_shared_layer(tmp_path):
+    kind = KINDS["shared"]
+    late = Kind(lambda: torch.nn.ModuleDict({"late": kind.make_random().late}), kind.make_inputs, ("0",))
+    folder = save_random_adapter(kind, tmp_path / "made", seed=1, r=4, target_modules=["0"])
+    alone = save_random_adapter(late, tmp_path / "alone", seed=2, r=4)
+    pool = AdapterPool(load(kind, folder), adapters={"a": folder}, progress=False)
+    pool.swap("a")
+    learner = load(late, alone, is_trainable=True)
+    for number in range(2):
+        step(learner, number)
+        pool.update("a", learner)
+        one, other = (lora_layers(each)[0].lora_B["default"].weight for each in (pool.model, learner))
+        assert torch.equal(one, other)
 
 
 def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_path):

@@ -118,7 +118,7 @@ class Noisy(nn.Module):
 class Telling(Two):
     """Beside its output, what is no fraction, and one number for the whole batch."""
 
-    def forward(self, x):
+    def forward(self, x, unused):
         found = self.last(torch.tanh(self.first(x)))
         return found, found > 0, found.mean()
 
@@ -306,8 +306,10 @@ def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
 
 
 def test_only_outputs_with_a_number_for_each_row_are_compared(tmp_path):
-    pool, folders = pool_for(kind := kind_of(Telling), tmp_path)
-    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
+    given = {"x": torch.randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are no lengths of rows
+    kind = Kind(Telling, lambda: given, ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted = Truth(kind, folders, given), ["a", "b", None, "a"]
     pool.assign(wanted)
     truth.check(call(pool.model, truth.inputs), wanted)
 
