@@ -50,16 +50,6 @@ def plans(monkeypatch):
     return made
 
 
-class Ordered(torch.nn.Module):
-    def __init__(self, names):
-        super().__init__()
-        for name in names:
-            setattr(self, name, torch.nn.Linear(8, 8))
-
-    def forward(self, x):
-        return self.two(torch.tanh(self.one(x)))
-
-
 def assert_is_of(model, learner, folder, kind=LLAMA):
     save_adapter(learner, folder)
     assert_equals_fresh_load(model, kind, folder, prepared=True)
@@ -139,17 +129,25 @@ def test_what_can_not_be_copied_is_planned_each_time(model, pool, sources, tmp_p
         assert_is_of(model, learner, tmp_path / str(number))
 
 
-def test_a_learner_with_its_layers_in_another_order(tmp_path):
-    def kind(*names: str) -> Kind:
-        return Kind(lambda: Ordered(names), lambda: torch.randn(3, 8), ("one", "two"))
+def blocks(names: str, count: int) -> Kind:
+    """So many blocks of one layer, each of which has one of these names, or several."""
+    made = lambda: [torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(count)] * len(names)  # noqa: E731
+    return Kind(lambda: torch.nn.ModuleDict(dict(zip(names, made(), strict=False))), lambda: None, ("0",))
 
-    folder = save_random_adapter(kind("one", "two"), tmp_path / "made", seed=1, r=4)
-    model, learner = load(kind("one", "two"), folder), learner_of(folder, kind("two", "one"))
-    pool = AdapterPool(model, adapters={"a": folder}, progress=False)
-    for each in (learner_of(folder, kind("one", "two")), learner):
-        pool.update("a", each)
+
+@pytest.mark.parametrize(("mine", "theirs", "count"), [("ab", "ba", 2), ("ab", "b", 1)])
+def test_a_learner_with_other_paths(tmp_path, mine, theirs, count):
+    """Its layers are in another order, or a block that is shared has one of its names only."""
+    folders = [save_random_adapter(blocks(each, count), tmp_path / each, seed=1, r=4) for each in (mine, theirs)]
+    model, learner = load(blocks(mine, count), folders[0]), learner_of(folders[1], blocks(theirs, count))
+    pool = AdapterPool(model, adapters={"a": folders[0]}, progress=False)
     pool.swap("a")
-    assert_is_of(model, learner, tmp_path / "saved", kind("one", "two"))
+    for each in (learner_of(folders[0], blocks(mine, count)), learner, learner):
+        step(each, 3)
+        pool.update("a", each)
+    for name in theirs:
+        one, other = (each.get_base_model()[name][0].lora_B["default"].weight for each in (model, learner))
+        assert torch.equal(one, other)
 
 
 def test_a_learner_with_numbers_above_half_precision(tmp_path):
@@ -163,21 +161,6 @@ def test_a_learner_with_numbers_above_half_precision(tmp_path):
         lora_layers(learner)[0].lora_B["default"].weight.data.fill_(value)
         pool.update("a", learner)
         assert lora_layers(model)[0].lora_B["default"].weight.eq(torch.inf if value > 1 else value).all()
-
-
-def test_a_learner_with_another_path_to_a_shared_layer(tmp_path):
-    kind = KINDS["shared"]
-    late = Kind(lambda: torch.nn.ModuleDict({"late": kind.make_random().late}), kind.make_inputs, ("0",))
-    folder = save_random_adapter(kind, tmp_path / "made", seed=1, r=4, target_modules=["0"])
-    alone = save_random_adapter(late, tmp_path / "alone", seed=2, r=4)
-    pool = AdapterPool(load(kind, folder), adapters={"a": folder}, progress=False)
-    pool.swap("a")
-    learner = load(late, alone, is_trainable=True)
-    for number in range(2):
-        step(learner, number)
-        pool.update("a", learner)
-        one, other = (lora_layers(each)[0].lora_B["default"].weight for each in (pool.model, learner))
-        assert torch.equal(one, other)
 
 
 def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_path):
