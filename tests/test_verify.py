@@ -16,6 +16,7 @@ from models import ARCHITECTURES, KINDS, Embedded, load, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from peft import LoraConfig, PeftModel, get_peft_model
 from refusals import refused
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hotswap_lab import (
     Adapter,
@@ -99,6 +100,7 @@ DAMAGES = {
         *(0, "1 tensors differ from a fresh load, such as the base model"),
     ),
     "a dead layer": (lambda model, layer: layer.lora_A["default"].weight.data.zero_(), 1, "Not equal"),
+    "a hook": (lambda model, layer: layer.register_forward_hook(lambda *given: 1.01 * given[-1]), 0, "outputs differ"),
 }
 
 
@@ -110,7 +112,7 @@ def red_tiles(figure) -> int:
 def test_no(model, new, part):
     damage, red, words = DAMAGES[part]
     damage(model, model.get_base_model().first)
-    verdict = verify(model, new, base=KIND.base if part == "the base" else None)
+    verdict = verify(model, new, base=KIND.base if part in ("the base", "a hook") else None)
     assert not verdict
     assert str(verdict).startswith("matches a fresh load: False\n")
     svg = verdict.figure().svg
@@ -154,36 +156,79 @@ def test_verdicts_next_to_each_other(model, new):
 
 
 class Counted(Embedded):
-    """With a buffer."""
+    """With a buffer, and outputs that are no fractions."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("steps", torch.ones(2))
+        self.register_buffer("steps", torch.zeros(2))
+
+    def forward(self, ids):
+        return ids, ids > 0, super().forward(ids)
 
 
-#: what changes no output, and its name
-UNSEEN = {
-    "embed.weight": lambda base, rows: base.embed.get_base_layer().weight.data.index_fill_(0, torch.tensor(rows), 1),
-    "steps": lambda base, rows: base.steps.add_(1),
-}
+DIFFER = "differ from a fresh load"
+#: what changes no output, what a verdict says of it, and its name
+UNSEEN = [
+    (lambda base, rows: base.embed.base_layer.weight.data.index_fill_(0, rows, 1), DIFFER, "embed.weight"),
+    (lambda base, rows: base.steps.add_(1), DIFFER, "steps"),
+    (lambda base, rows: setattr(base, "steps", base.steps.int()), DIFFER, "steps"),
+    (lambda base, rows: setattr(base, "steps", base.steps[None]), DIFFER, "steps"),
+    (lambda base, rows: delattr(base, "steps"), "of a fresh load are missing", "steps"),
+    (lambda base, rows: base.register_buffer("more", torch.zeros(2)), "that a fresh load lacks", "more"),
+]
 
 
-@pytest.mark.parametrize("name", UNSEEN)
-def test_base_weights_that_no_output_depends_on(tmp_path, name):
+@pytest.mark.parametrize(("change", "words", "name"), UNSEEN)
+def test_base_weights_that_no_output_depends_on(tmp_path, change, words, name):
     """All rows of an embedding but those of the inputs, a buffer, and a whole base model that was scaled."""
     kind = replace(KINDS["embedding"], make_random=Counted)
     folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
-    model, unseen = load(kind, folder), sorted({*range(20)} - {*kind.inputs().flatten().tolist()})
+    model = load(kind, folder)
+    unseen = torch.tensor(sorted({*range(20)} - {*kind.inputs().flatten().tolist()}))
     assert verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
-    UNSEEN[name](model.get_base_model(), unseen)
+    change(model.get_base_model(), unseen)
     verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
     assert verdict.difference == 0
-    assert verdict.mismatches == (f"1 tensors differ from a fresh load, such as the base model's {name}",)
+    assert verdict.mismatches == (f"1 tensors {words}, such as the base model's {name}",)
     for name, parameter in model.get_base_model().named_parameters():
         parameter.data *= 1 if "lora_" in name else 1.3
     # as the docstring says: without a base, it is the adapter alone that is compared
     assert verify_hotswap(model, folder, inputs=kind.inputs())
     assert not verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base)
+
+
+#: a buffer of the live base model and of a fresh one, of other classes or offloaded, and whether they count as equal
+ONES, META, TWICE = torch.ones(2), torch.ones(2, device="meta"), TwoTensor(torch.ones(2), torch.ones(2))
+BUFFERS = [(TWICE, ONES, True), (META, ONES, True), (ONES, META, True), (TWICE, TwoTensor(ONES, ONES + 1e-6), False)]
+
+
+@pytest.mark.parametrize(("live", "fresh", "is_equal"), BUFFERS)
+def test_buffers_that_are_no_plain_tensors(tmp_path, live, fresh, is_equal):
+    kind = replace(KINDS["embedding"], make_random=Counted)
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    model, base = load(kind, folder), kind.base()
+    model.get_base_model().steps, base.steps = live, fresh
+    verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=lambda: base)
+    assert bool(verdict) == is_equal, verdict
+
+
+#: fields of a config with a dict or a list, or without one where a fresh load has one, and the other way round
+FIELDS = [
+    *(("rank_pattern", None), ("rank_pattern", {"query": 3}), ("megatron_config", {"rank": 1})),
+    *(("layers_to_transform", [0]), ("layer_replication", [(0, 2)])),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), FIELDS)
+def test_fields_with_dicts_and_lists(tmp_path, field, value):
+    bert, what = ARCHITECTURES["bert"], dict(target_modules=["query"], rank_pattern={"query": 4})
+    folder = save_random_adapter(bert, tmp_path / "one", seed=1, layers_to_transform=[0, 1], **what)
+    model = load(bert, folder)
+    assert verify_hotswap(model, folder, inputs=bert.inputs())
+    fresh = getattr(model.peft_config["default"], field)
+    setattr(model.peft_config["default"], field, value)
+    verdict = verify_hotswap(model, folder, inputs=bert.inputs())
+    assert verdict.mismatches == (f"config.{field} is {value!r}, fresh {fresh!r}",)
 
 
 #: what of the package may run in the oracle: what finds an adapter, reads names, and guards against side effects
@@ -325,6 +370,7 @@ def test_other_precisions(tmp_path, new, dtype, autocast):
 def test_a_long_list_of_mismatches_is_cut_short():
     verdict = Verification(difference=0.0, change=1.0, tolerance=1e-5, mismatches=tuple(map(str, range(72))))
     assert str(verdict).splitlines() == ["matches a fresh load: False", *"0123456789", "and 62 more, see `mismatches`"]
+    assert verdict._repr_mimebundle_() == {"text/plain": str(verdict)}  # no picture without layers, as of prompts
 
 
 def test_an_adapter_that_acts_by_the_base_models_biases(tmp_path):

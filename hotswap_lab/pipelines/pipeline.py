@@ -352,7 +352,7 @@ def for_these(adapters: Adapters, loaded: Models, components: Sequence[str] | No
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
     wanted = {name: each for name, each in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
-        raise refused("components_without_adapter", found=listing(adapters) or "no component", loaded=listing(loaded))
+        raise refused("components_without_adapter", found=listing(adapters), loaded=listing(loaded))
     return wanted
 
 
@@ -369,7 +369,7 @@ def read_source(
 
 def _noting_rounding(plan: Plan) -> Plan:
     """Add a note to the plan if values are rounded: a fresh load keeps the file's dtype, a swap keeps the model's."""
-    there = {each.parameter.dtype for each in plan.slot.tensors if each.parameter.is_floating_point()}
+    there = {each.parameter.dtype for each in plan.slot.tensors}
     coarsest = max((torch.finfo(dtype).eps for dtype in there), default=0)
     coming = {each.dtype for each in plan.adapter.tensors.values()}
     if finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]:

@@ -38,9 +38,9 @@ def is_used(room: Room, member: Member) -> bool:
 
 def row_of(packed: Packed | None, strength: float) -> Row:
     """What a row computes with, where all rows have this strength besides their own."""
-    owner = packed.state.owner if packed else None
-    if packed is None or owner is None:
+    if packed is None:
         return Row(None, None, 0.0)
+    owner = packed.state.owner
     strength = round(float(strengths_of(packed).median()) * strength, 6)
     if isinstance(owner, Mix):
         return Row(owner.weights, {member.name: member.version for member, _ in owner.shares}, strength)

@@ -38,7 +38,7 @@ def taken_apart(
     """The slot and the adapter as LoRA alone, and the values for the tensors of the whole modules."""
     slot = room.slot
     found, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
-    if set(found) != set(expected or ()):
+    if set(found) != set(expected):
         raise refused("other_modules_to_save", name=member_name, found=found, expected=expected)
     tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
     sources = []

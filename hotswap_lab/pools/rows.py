@@ -263,12 +263,12 @@ def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:
     """The base model, and the modules above the first list of layers, which some models call by themselves."""
-    adapted, entries = {layer.path for layer in slot.layers}, {"": slot.host.base}
-    for path in adapted:
+    entries = {"": slot.host.base}
+    for path in {layer.path for layer in slot.layers}:
         names = path.split(".")
         for end in range(1, len(names)):
             module = slot.host.base.get_submodule(above := ".".join(names[:end]))
-            if above in adapted or isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
+            if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)):
                 break
             entries[above] = module
     return list(dict.fromkeys(entries.values()))

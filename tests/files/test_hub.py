@@ -110,6 +110,8 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, f
     swaps_in("third", "team/alone", cache_dir=cache)
     swaps_in("new")
     swaps_in("second", revision="v2")
+    local = dict(revision="v2", local_dir=tmp_path / "local", cache_dir=tmp_path / "empty")
+    swaps_in("second", **local)
     swaps_in("third", subfolder="inner")
     swaps_in("secret", "team/secret", token="hf_right", cache_dir=cache)
     swaps_in("secret", "team/secret", use_auth_token="hf_right")
@@ -124,7 +126,9 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, f
     swaps_in("third", "team/alone", cache_dir=cache)  # which alone has it, where the Hub can't be reached
     assert list(cache.glob(f"models--team--secret/snapshots/*/{WEIGHTS}"))
     # each file once, and nothing else of the repository
-    assert downloads(hub) == sorted(8 * BOTH)
+    assert downloads(hub) == sorted(9 * BOTH)
+    go_offline(monkeypatch)
+    swaps_in("second", **local)
 
 
 def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
@@ -227,6 +231,9 @@ def test_a_family_on_the_hub_is_prepared_for_from_its_configs(hub, model):
     prepare_model_for_compiled_hotswap(model, adapters=["team/adapter"], revision="v2")
     assert {tensor.capacity for tensor in resolve_slot(model, "default").tensors} == {4}
     assert downloads(hub) == ["adapter_config.json"]
+    # the weights aren't there yet
+    at_hand = dict(revision="v2", local_files_only=True)
+    refused("next: .*complete copy", hotswap_adapter, model, "team/adapter", "default", **at_hand)
 
 
 # ---- networks and servers that fail
@@ -271,6 +278,14 @@ def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, swaps_i
         hub.log.clear()
         swaps_in("new", f"faulty/{name}")
         assert len(hub.log) == 1
+
+
+def test_how_long_the_first_answer_may_take(hub, model, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 60)
+    hub.faults["team/adapter"] = Fault("hang", ("HEAD",))
+    start = time.perf_counter()
+    refused("[Tt]ime", hotswap_adapter, model, "team/adapter", "default", etag_timeout=0.1)
+    assert time.perf_counter() - start < 60
 
 
 # ---- many adapters

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from adapters import save_random_adapter_of
+from adapters import METHODS, save_random_adapter_of
 from models import ARCHITECTURES, KINDS, Kind, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, assert_same_tensors, config_of, files_in
 from peft import (
@@ -154,11 +155,12 @@ def test_from_a_mixed_model(tmp_path, outer):
 
 #: a table of PEFT's, a module of the base model, and what PEFT keeps by name on each layer
 @pytest.mark.parametrize("name", ["lora_A", "model", "other"])
-@pytest.mark.parametrize("method", ["LoHa", "LoRA with tokens", "SHiRA"])
+@pytest.mark.parametrize("method", ["LoHa", "LoRA with tokens", "SHiRA", *({"Shadow"} & METHODS.keys())])
 def test_the_names_of_other_adapters_take_nothing_away(tmp_path, method, name):
     if (method, name) == ("LoRA with tokens", "lora_A") and version("peft").startswith("0.20."):
         pytest.skip("PEFT 0.20 loads no tokens under this name")
-    config = {**CONFIGS, "SHiRA": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=1)}[method]
+    shira = ShiraConfig(r=2, target_modules=["q_proj"], random_seed=1)
+    config = {**CONFIGS, "SHiRA": shira}[method] if method != "Shadow" else METHODS["Shadow"][1][0]
     folders = [save_random_adapter_of(config, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     model = load(LLAMA, folders[0])
     model.load_adapter(folders[1], name)
@@ -183,6 +185,18 @@ def test_an_adapter_with_the_name_of_a_module_of_a_base_that_is_a_dict(tmp_path)
     model.load_adapter(folders[1], "image")
     for folder, each in zip(folders, ("default", "image"), strict=True):
         assert_saves(model, folder, each)
+
+
+def test_an_adapter_with_the_name_of_a_module_in_one_that_it_saves(tmp_path):
+    def base() -> torch.nn.Module:
+        head = torch.nn.Sequential(OrderedDict(image=torch.nn.Linear(8, 8)))
+        return torch.nn.Sequential(OrderedDict(body=torch.nn.Linear(8, 8), head=head))
+
+    kind = Kind(base, lambda: torch.ones(2, 8), ())
+    first = save_random_adapter(kind, tmp_path / "1", seed=1, target_modules=["body", "head.image"])
+    model = load(kind, first)
+    model.add_adapter("image", LoraConfig(target_modules=["body"], modules_to_save=["head"]))
+    assert_saves(model, first)
 
 
 def test_the_saved_tensors_share_no_memory_with_the_model(tmp_path):

@@ -80,6 +80,12 @@ def test_whole_numbers_are_refused(path):
     refused("int64", Adapter.load, folder)
 
 
+@pytest.mark.parametrize("device", ["nowhere", "meta"])
+def test_a_device_that_can_not_be_read_to_is_not_exchanged_for_another(tmp_path, device):
+    folder = save_random_adapter(KINDS["linear"], tmp_path, seed=1, r=2)
+    refused("device", Adapter.load, folder, torch_device=device)
+
+
 DAMAGES = {
     "beyond the end": lambda header: header["b"].update(data_offsets=[12, 1 << 40]),
     "negative": lambda header: header["a"].update(data_offsets=[-4, 12]),
@@ -93,6 +99,7 @@ DAMAGES = {
     "other dtype": lambda header: header["a"].update(dtype="F16"),
     "no dtype": lambda header: header["a"].pop("dtype"),
     "hole": lambda header: header.pop("a"),
+    "a number as metadata": lambda header: header.update(__metadata__={"format": 1}),
 }
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import peft.utils.hotswap
 import pytest
 import torch
+from accelerate import cpu_offload
 from models import KINDS, call, save_family
 from oracle import untouched
 from peft import LoraConfig
@@ -130,13 +131,14 @@ def test_transformers_alone_is_wrong_or_refuses(family):
 
 
 @pytest.mark.parametrize("new", [1, 2])
-@pytest.mark.parametrize("how", ["a folder", "a subfolder", "a state dict", "a folder and a config"])
+@pytest.mark.parametrize("how", ["a folder", "a subfolder", "as a download", "a state dict", "a folder and a config"])
 def test_transformers_load_adapter(family, new, how):
     folder, config = Path(family[new]), LoraConfig.from_pretrained(family[new])
     tensors = load_file(folder / "adapter_model.safetensors")
     given = {
         "a folder": ((family[new], "default"), {}),
         "a subfolder": ((str(folder.parent), "default"), dict(adapter_kwargs={"subfolder": folder.name})),
+        "as a download": ((str(folder.parent), "default"), dict(download_kwargs={"subfolder": folder.name})),
         "a state dict": ((None, "default"), dict(adapter_state_dict=tensors, peft_config=config)),
         "a folder and a config": ((family[new],), dict(adapter_name="default", peft_config=config)),
     }
@@ -264,6 +266,8 @@ def test_diffusers_swaps_all_components_or_none():
     refused(pipe, HotswapError, "components without an adapter", "load_lora_weights", second)
     with pytest.raises(ValueError, match="no existing adapter by that name"):
         load_with_patch(pipe, unet_alone, "absent")
+    with patch_peft(), untouched(pipe.unet), pytest.raises(ValueError, match="already in use"):
+        pipe.load_lora_weights(second, adapter_name="style")
 
 
 def test_diffusers_swaps_what_is_offloaded_in_groups():
@@ -277,6 +281,18 @@ def test_diffusers_swaps_what_is_offloaded_in_groups():
             assert_same_latents(pipe, SD.loaded(new))
         else:
             refused(pipe, HotswapError, "offloaded in groups", "load_lora_weights", new)
+
+
+def test_diffusers_swaps_what_is_offloaded_one_by_one(monkeypatch):
+    """It takes its hooks off and puts them on again."""
+    first, second = on_unet(1, 2)
+    pipe = SD.loaded(first)
+    offload = lambda pipe, **_: cpu_offload(pipe.unet, execution_device=torch.device("cpu"))  # noqa: E731
+    monkeypatch.setattr(type(pipe), "enable_sequential_cpu_offload", offload)  # which needs a GPU
+    pipe.enable_sequential_cpu_offload()
+    load_with_patch(pipe, second)
+    assert all(each.is_meta for each in pipe.unet.parameters())
+    assert_same_latents(pipe, SD.loaded(second))
 
 
 # ---- the tests of others

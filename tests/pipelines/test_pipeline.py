@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import refusals
@@ -536,7 +537,8 @@ def test_what_is_wrong_with_the_file(tmp_path):
         refused(pipe, source, match, **dict(*options))
     with pytest.raises(TypeError, match="hotswap"):
         hotswap_pipeline(pipe, lora(SD), "style", hotswap=True)
-    for other in (pipe.unet, object()):
+    halves = SimpleNamespace(load_lora_weights=print), SimpleNamespace(_lora_loadable_modules=["unet"])
+    for other in (pipe.unet, object(), *halves):
         with pytest.raises(HotswapError, match="no pipeline that LoRA"):
             hotswap_pipeline(other, lora(SD), "style")
     with pytest.raises(HotswapError, match="hotswap_pipeline"):
@@ -554,6 +556,10 @@ def test_a_component_without_the_adapter_is_refused():
     with untouched(pipe.unet, pipe.text_encoder), pytest.raises(HotswapError, match="components without an adapter"):
         prepare_pipeline_for_compiled_hotswap(pipe, [lora(SD)])
     hotswap_pipeline(pipe, new, "style", components=["unet"])
+    full, new = SD.loaded(lora(SD)), lora(SD, seed=3, rank=9, components=UNET_ONLY)
+    prepare_pipeline_for_compiled_hotswap(full, [new])
+    hotswap_pipeline(full, new, "style")
+    assert_like_fresh(full, SD.loaded(new), SD)
     pipe.text_encoder = None
     refused(pipe, lora(SD), UNFIT)
     hotswap_pipeline(pipe, lora(SD, seed=2, components=UNET_ONLY), "style")

@@ -25,6 +25,7 @@ from test_pipeline import (
 )
 
 from hotswap_lab import (
+    Adapter,
     AdapterPool,
     HotswapError,
     PipelinePool,
@@ -135,6 +136,9 @@ def test_strength_off_and_a_block():
     assert_like_fresh(pipe, SD.loaded(files["style 3"]), SD)
     set_strength(pipe.unet, 0.5)
     assert pool.strength is None
+    for model in components_of(pipe).values():  # of nothing, neither has anything to scale
+        hotswap_adapter(model, Adapter(model.peft_config["style"], {}, "nothing"), "style")
+    assert pool.strength == 1
 
 
 def test_a_mix():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from lengths import long
-from models import KINDS, call, load, lora_layers, save_random_adapter
+from models import KINDS, Kind, call, load, lora_layers, save_random_adapter
 from oracle import assert_equals_fresh_load, untouched
 from peft.utils import get_peft_model_state_dict
 from pool_sources import LLAMA
@@ -107,6 +108,59 @@ def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, t
     learner = learner_of(sources["b"])
     pool.update("b", learner)
     assert_is_of(model, learner, tmp_path / "other")
+
+
+def doubled(module, state, prefix, _) -> None:
+    state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+
+
+@pytest.mark.parametrize("what", ["a field that can't be compared", "a hook that changes what is saved"])
+def test_what_can_not_be_copied_is_planned_each_time(model, pool, sources, tmp_path, what):
+    learner = learner_of(sources["b"])
+    if what.startswith("a hook"):
+        lora_layers(learner)[0].lora_A["default"]._register_state_dict_hook(doubled)
+    else:
+        learner.peft_config["default"].note = lambda: None
+    pool.swap("b")
+    for number, alpha in enumerate((5, 5, 99)):
+        step(learner, number)
+        learner.peft_config["default"].lora_alpha = alpha
+        pool.update("b", learner)
+        assert_is_of(model, learner, tmp_path / str(number))
+
+
+def blocks(names: str, count: int) -> Kind:
+    """So many blocks of one layer, each of which has one of these names, or several."""
+    made = lambda: [torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(count)] * len(names)  # noqa: E731
+    return Kind(lambda: torch.nn.ModuleDict(dict(zip(names, made(), strict=False))), lambda: None, ("0",))
+
+
+@pytest.mark.parametrize(("mine", "theirs", "count"), [("ab", "ba", 2), ("ab", "b", 1)])
+def test_a_learner_with_other_paths(tmp_path, mine, theirs, count):
+    """Its layers are in another order, or a block that is shared has one of its names only."""
+    folders = [save_random_adapter(blocks(each, count), tmp_path / each, seed=1, r=4) for each in (mine, theirs)]
+    model, learner = load(blocks(mine, count), folders[0]), learner_of(folders[1], blocks(theirs, count))
+    pool = AdapterPool(model, adapters={"a": folders[0]}, progress=False)
+    pool.swap("a")
+    for each in (learner_of(folders[0], blocks(mine, count)), learner, learner):
+        step(each, 3)
+        pool.update("a", each)
+    for name in theirs:
+        one, other = (each.get_base_model()[name][0].lora_B["default"].weight for each in (model, learner))
+        assert torch.equal(one, other)
+
+
+def test_a_learner_with_numbers_above_half_precision(tmp_path):
+    """They are infinite, as after a fresh load, and those of the next update are what they are."""
+    kind, half = KINDS["linear"], replace(KINDS["linear"], make_random=lambda: KINDS["linear"].make_random().half())
+    folder = save_random_adapter(kind, tmp_path / "made", seed=1, r=4)
+    model, learner = load(half, folder, autocast_adapter_dtype=False), learner_of(folder, kind)
+    pool = AdapterPool(model, adapters={"a": folder}, progress=False)
+    pool.swap("a")
+    for value in (1e6, 0.5):
+        lora_layers(learner)[0].lora_B["default"].weight.data.fill_(value)
+        pool.update("a", learner)
+        assert lora_layers(model)[0].lora_B["default"].weight.eq(torch.inf if value > 1 else value).all()
 
 
 def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_path):

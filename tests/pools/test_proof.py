@@ -115,6 +115,14 @@ class Noisy(nn.Module):
         return self.lin(nn.functional.dropout(x, 0.5)) * self.calls
 
 
+class Telling(Two):
+    """Beside its output, what is no fraction, and one number for the whole batch."""
+
+    def forward(self, x, unused):
+        found = self.last(torch.tanh(self.first(x)))
+        return found, found > 0, found.mean()
+
+
 def kind_of(make) -> Kind:
     return Kind(make, lambda: torch.randn(4, 4, 6), ("first", "last"))
 
@@ -297,6 +305,15 @@ def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
     assert_close(call(compute, truth.inputs[:1]), call(load(FLAT, folders["b"]), truth.inputs[:1]))
 
 
+def test_only_outputs_with_a_number_for_each_row_are_compared(tmp_path):
+    given = {"x": torch.randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are no lengths of rows
+    kind = Kind(Telling, lambda: given, ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    truth, wanted = Truth(kind, folders, given), ["a", "b", None, "a"]
+    pool.assign(wanted)
+    truth.check(call(pool.model, truth.inputs), wanted)
+
+
 def test_everything_is_as_it_was_after_a_proof(tmp_path):
     kind = Kind(Noisy, lambda: torch.randn(4, 6), ("lin",))
     pool, _ = pool_for(kind, tmp_path)
@@ -318,18 +335,21 @@ def test_what_says_how_many_rows_a_batch_has():
     embeds = {"position_ids": torch.zeros(1, 4), "inputs_embeds": torch.zeros(3, 4, 8)}
     assert size_of((), embeds) == 3
     assert size_of((), {"timestep": torch.zeros(1), "sample": torch.zeros(2, 4)}) == 2
+    assert size_of((), {"timestep": torch.zeros(3)}) == size_of(({"sample": [torch.zeros(3, 4)]},), {}) == 3
 
 
 def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, ways):
     pool, folders = pool_for(LLAMA, tmp_path)
     inputs, fresh = {"input_ids": torch.randint(0, 40, (4, 5))}, load(LLAMA, folders["b"])
-    pool.assign(["a", "b", None, "a"])
+    pool.assign(["b"] * 4)
 
     def part(model):
         return lambda x: model.get_base_model().model.layers[0].mlp(x)
 
     mine, hidden = ways(part(pool.model)), torch.randn(4, 5, 16)
     with torch.no_grad():
+        assert_close(mine(hidden), part(fresh)(hidden))  # where all rows are equal, it needs no proof
+        pool.assign(["a", "b", None, "a"])
         refused("no proof for this part", mine, hidden)
         inner = [call(each.get_base_model().model, inputs) for each in (pool.model, fresh)]  # a proof of these layers
         assert_close(inner[0][1], inner[1][1])

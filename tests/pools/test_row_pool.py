@@ -103,6 +103,7 @@ def test_labels_and_blocks(pool, truth):
     assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
     pool.update("a", Adapter.load(truth.folders["a"]).tensors)
     assert [pool.rows[number].version for number in (0, 2)] == [2, {"a": 2, "c": 1}]
+    refused("in use", pool.remove, "c")
 
 
 def test_strength_is_of_all_rows_beside_their_own(pool, model, truth):
@@ -322,12 +323,13 @@ def test_copies_of_rows_are_refused(pool, model, truth, wanted, way):
 
 @pytest.mark.parametrize("first", ["plain", "compiled", "next"])
 def test_unloading_takes_the_rows_with_it(pool, model, folders, truth, first, fresh_compiler):
+    own = model.get_base_model().register_forward_hook(lambda *_: None)  # of the user's
     pool.assign(["a", "b"])
     assert_rows(pool, truth, ["a", "b"])
     base = model.unload()
     if first == "plain":
         assert_close(call(base, truth.inputs[:3]), truth.base[:3])
-        assert not any(getattr(base, name) for name in HOOKS)
+        assert [key for name in HOOKS for key in getattr(base, name)] == [own.id]
     elif first == "compiled":
         assert_close(call(torch.compile(base, backend="eager"), truth.inputs[:3]), truth.base[:3])
     again = PeftModel.from_pretrained(base, folders["c"]).eval()
@@ -360,6 +362,25 @@ def test_a_model_that_was_converted_says_so(pool, model, folders, truth):
     again = AdapterPool(model, adapters=folders, rows=2, progress=False)
     again.assign(["c", "a"])
     assert_close(call(model, truth.inputs[:2].double()).float(), truth.rows(["c", "a"]))
+    again.swap("b")  # all rows have what the parameters have, wherever they are
+    model.to(torch.float32)
+    assert_close(call(model, truth.inputs), truth.of("b"))
+
+
+def test_a_first_layer_that_is_compiled_since(pool, model, truth, fresh_compiler):
+    model.get_base_model().first = torch.compile(model.get_base_model().first, backend="eager")
+    pool.assign(["a", "b", None])
+    assert_rows(pool, truth, ["a", "b", None])
+    refused("a batch of 2", call, model, truth.inputs[:2])
+
+
+def test_a_first_layer_that_is_taken_out(tmp_path):
+    kind = Kind(lambda: torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(12, 12)), LINEAR.inputs, ("1",))
+    folder = save_random_adapter(kind, tmp_path, seed=1, r=2)
+    model = load(kind, folder)
+    AdapterPool(model, adapters={"a": folder}, rows=2, progress=False)
+    del model.get_base_model()[1]
+    assert torch.equal(call(model, kind.inputs()), kind.inputs().tanh())
 
 
 @pytest.mark.parametrize("wanted", [["b", "c"], ["b", "b"], None])
@@ -399,6 +420,8 @@ def test_dropout_is_of_all_rows_or_refused(pool, model, truth, compute):
     model.train()
     pool.assign(["a", "b"])
     truth.check(call(compute, truth.inputs[:2]), ["a", "b"])
+    pool.assign(["a", None])
+    truth.check(call(compute, truth.inputs[:2]), ["a", None])
     pool.assign(["a", "c"])
     refused("dropout", call, compute, truth.inputs[:2])
     model.eval()
