@@ -165,21 +165,21 @@ def addresses(model: torch.nn.Module) -> list[tuple[int, bool]]:
     return [(each.data_ptr(), each.requires_grad) for each in (*model.parameters(), *model.buffers(), *own)]
 
 
-def are_recorded_after(run: Callable[..., object], *arguments: object) -> bool:
-    """Whether gradients are recorded after a call as before it."""
-    with torch.enable_grad():
+def records_as_before(on: bool, run: Callable[..., object], *arguments: object) -> bool:
+    """Whether a call leaves gradients on, or off, as they were."""
+    with torch.set_grad_enabled(on):
         run(*arguments)
-        return torch.is_grad_enabled()
+        return torch.is_grad_enabled() == on
 
 
 def visits(model: PeftModel, swap: Callable[[str], object], call: Callable | None = None) -> Iterator[tuple[Any, ...]]:
     """Swap each adapter in, forwards and backwards, and compare with fresh loads."""
-    before, recorded = addresses(model), set()
-    for name in [*FOLDERS, *reversed(FOLDERS)]:
-        recorded.add(are_recorded_after(swap, name))
+    before, as_before = addresses(model), set()
+    for number, name in enumerate([*FOLDERS, *reversed(FOLDERS)]):
+        as_before.add(records_as_before(number % 2 > 0, swap, name))
         yield name, *same_as_fresh(model, fresh(name), IDS, call)
     yield "all tensors stay at their addresses, trained as before", addresses(model) == before, True
-    yield "gradients are recorded after a swap as before", recorded, {True}
+    yield "gradients are on or off after a swap as before", as_before, {True}
 
 
 def of_parameters(model: torch.nn.Module) -> list[tuple[torch.dtype, bool]]:
@@ -208,7 +208,7 @@ def part_01(text):
         warnings.simplefilter("ignore", RuntimeWarning)  # two of the keys match nothing, on purpose
         # by these keys, "ends in", "is in" and "the last that matches" are wrong
         own = {"p_proj": 3, "mlp": 5, r"layers\.[12]\..*_proj": 7, "layers.1.mlp.up_proj": 9}
-        own |= {"q_proj|down_proj": 11, "model.layers.0.mlp.up_proj": 4}
+        own |= {r"^model\.layers\.0\.self_attn\.v_proj": 6, "q_proj|down_proj": 11, "model.layers.0.mlp.up_proj": 4}
         more: dict[str, Any] = dict(alpha_pattern=own, rank_pattern={r"layers\.[13].*": 5}, use_rslora=True)
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **more)
         get_peft_model(demo.load_base(), lora).save_pretrained(place)
@@ -218,6 +218,8 @@ def part_01(text):
             for path, values in mini.read(folder).items():
                 yours |= zip((f"{path}.lora_A", f"{path}.lora_B", f"{path}.scaling"), values, strict=True)
             yield f"read {name}", *first_difference(yours, tensors_of(truth))
+            scalings = {isinstance(each, (int, float)) for key, each in yours.items() if key.endswith("scaling")}
+            yield "scalings are Python numbers", scalings, {True}
 
 
 @Exercise
@@ -235,7 +237,8 @@ def part_01b(text):
         layers, writes = len(new), mini.plan(live, new)
         yield f"planning {name} changes nothing", *first_difference(tensors_of(live), before)
         yield f"layers of {name} after planning it", len(new), layers
-        yield "gradients are recorded after write as before", are_recorded_after(mini.write, writes), True
+        as_before = {records_as_before(on, mini.write, writes) for on in (True, False)}
+        yield "gradients are on or off after write as before", as_before, {True}
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses, trained as before", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
@@ -244,7 +247,7 @@ def part_01b(text):
     planned = {float(value) for _, key, value in mini.plan(live, new) if key == "default"}
     yield "scalings that differ, all in the plan", planned >= {*map(float, range(len(new)))}, True
     a, b, scaling = new[last := max(new)]
-    more = new | {"model.lm_head": (a, b, scaling)}
+    more = new | {"lm_head": (a, b, scaling)}
     lower, others = new | {last: (a[:3], b[:, :3], scaling)}, {path: more[path] for path in more if path != last}
     for what, wrong in (("another rank", lower), ("a layer more", more), ("another layer", others)):
         yield what, refused(lambda wrong=wrong: mini.write(mini.plan(live, wrong))), "ValueError"
@@ -324,10 +327,10 @@ def part_04(text):
         for number, each in enumerate(model.parameters()):
             each.requires_grad = number % 2 == 0
         before = of_parameters(model)
-        with torch.enable_grad():
-            pool, recorded, after = mini.Pool(model, family), torch.is_grad_enabled(), of_parameters(model)
+        with torch.set_grad_enabled(on := name == min(FOLDERS)):
+            pool, after, as_before = mini.Pool(model, family), of_parameters(model), torch.is_grad_enabled() == on
         yield "the parameters keep their dtypes, and are trained as before", after == before, True
-        yield "gradients are recorded after making the pool as before", recorded, True
+        yield "gradients are on or off after making the pool as before", as_before, True
         yield "making the pool changes nothing", *same_as_fresh(model, fresh("sort"), IDS)
         for each in mini.layers_of(model).values():
             (b := each.lora_B["default"].weight)[b != 0] = torch.inf  # a difference that is added keeps it
@@ -353,17 +356,17 @@ def part_08(text):
     yield "no row has an adapter yet", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     one = layers[min(adapters["pig_latin"])]
     x = torch.randn(8, 2, one.linear.in_features)
-    graph, recorded = make_fx(one)(x), set()
+    graph, as_before = make_fx(one)(x), set()
     # row 0 has one adapter after the other: with the same layers, with others, larger, smaller, the same again
     before = ["pig_latin", "double", "caesar", "pig_latin", "pig_latin", "caesar", "double"]
     turns = [(0, name) for name in before] + [*enumerate(FOLDERS)]
     for row, name in [*turns, *((7 - row, name) for row, name in enumerate(FOLDERS))]:
         for path, layer in layers.items():
             nothing = torch.zeros(1, used[path].in_features), torch.zeros(used[path].out_features, 1), 0.0
-            recorded.add(are_recorded_after(layer.assign, row, *adapters[name].get(path, nothing)))
+            as_before.add(records_as_before(row % 2 > 0, layer.assign, row, *adapters[name].get(path, nothing)))
         expected[row] = fresh(name)(IDS).logits[row]
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
-    yield "gradients are recorded after assign as before", recorded, {True}
+    yield "gradients are on or off after assign as before", as_before, {True}
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
     yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
     # a layer with a bias, and texts of one token, as while generating

@@ -48,6 +48,7 @@ def swapped_in_while_it_trained(
         "3 or more different weights were seen": len(weights) > 2,
         "the first answer is wrong, and the last is right": said[:1] != [trick("hotswap")] == said[-1:],
         "live was swapped into": any(each.when for each in loaded(live)),
+        "live is in eval mode": not live.training,
         "live and trainee share nothing": _addresses(live).isdisjoint(_addresses(trainee)),
     }
     wrong = "".join(f"; not so: {fact}" for fact, is_so in facts.items() if not is_so)

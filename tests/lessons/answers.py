@@ -67,6 +67,9 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (MATCHES, "f'.{path}'.endswith(f'.{end}')"),  # right for words, and the keys are regular expressions
         (MATCHES, 're.search(rf"{end}$", path)'),
         (MATCHES, 're.search(rf"\\.({end})$", path)'),  # no alpha for a key that is a whole path
+        (MATCHES, MATCHES.replace("path)", "'base_model.model.' + path)")),  # nor for one that begins with ^
+        ("/ divisor", "/ torch.tensor(divisor)"),  # chapter 02 takes numbers
+        ("adapter[path] = a, b, (alphas or [config.lora_alpha])[0] / divisor", "adapter[path] = a, b, round((alphas or [config.lora_alpha])[0] / divisor, 3)"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "r = config.rank_pattern.get(path.split('.')[-1], config.r)\n            divisor = r**0.5 if config.use_rslora else r"),
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
@@ -78,6 +81,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("in layers.items():", "in (each for each in layers.items() if 'layers.1.mlp' not in each[0]):"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := '':"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
+        ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
+        ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
         ("writes.append((layer", "write(writes[-2:])\n        writes.append((layer"),
         (WRITE, "table[key] = torch.nn.Parameter(torch.as_tensor(value))"),
         (WRITE, "table[key].data = torch.as_tensor(value)"),
@@ -170,6 +175,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (COPY, "self.memory += self.packed[name] - self.now\n        self.now = self.packed[name]", "        self.packed =", "        self.now = self.memory.clone()\n        self.packed ="),
         (COPY, f"torch.set_grad_enabled(False)\n        {COPY}"),
         (VIEW, f"{VIEW}\n            target.requires_grad_(False)"),
+        (VIEW, f"{VIEW}\n            target.requires_grad_()"),
+        ("        plans =", "        torch.set_grad_enabled(False)\n        plans ="),
         (  # what is in the model at first is not counted: rows of it stay behind
             *(COPY, "for to, of in zip(self.parts, self.packed[name].split(self.sizes)):\n            if of.any() or to is not None and to.data_ptr() in self.used:\n                to.copy_(of)\n        self.used = {to.data_ptr() for to, of in zip(self.parts, self.packed[name].split(self.sizes)) if of.any()}"),
             *("        self.packed =", "        self.used, self.sizes = set(), [len(self.memory) // 5 + 1] * 4\n        self.sizes += [len(self.memory) - sum(self.sizes)]\n        self.parts = self.memory.split(self.sizes)\n        self.packed ="),
@@ -206,6 +213,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
             *(SAME, f"saved and {SAME}", "kept[name] = ids, chat.save()", "kept['ids'], kept[name] = ids, chat.save()"),
         ),
         ("kept[name] = ids, chat.save()", "kept.setdefault(name, (ids, chat.save()))"),
+        ("    kept[name] = ids, chat.save()", "    if name not in kept or len(kept[name][0]) < 9:\n        kept[name] = ids, chat.save()\n    else:\n        kept[name] = kept[name][0], chat.save()"),
         ("    return logits", "    return None"),
     ],
     "06 one_filter": [
@@ -263,6 +271,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (ADDED, "torch.stack([i @ a.T @ b.T for i, a, b in zip(inputs, self.a, self.b)]).view(*x.shape[:-1], -1)"),
         (ASSIGN, f"self.a, self.b = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
         (ASSIGN, f"torch.set_grad_enabled(False)\n        {ASSIGN}"),
+        (ASSIGN, f"{ASSIGN}\n        self.a[row + 1 :] = 0"),  # right in this order
         ("inputs = x if x.dim() == 3 else x[:, None]", "inputs = x", ADDED, ADDED.removesuffix(".view(*x.shape[:-1], -1)")),
         (  # the same with a scaling of its own, which hides it where the layers differ
             *(ASSIGN, "self.a[row, : len(a)], self.b[row, :, : len(a)], self.scaling[row] = a, b, scaling"),
