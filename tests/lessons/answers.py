@@ -485,7 +485,7 @@ def prepare(base, family):
     "03 part_03": [
         (TENSOR, "layer.lora_B[NAME].weight.detach().new_tensor(layer.scaling[NAME])"),
         (TENSOR, "torch.full((), float(layer.scaling[NAME]), device=layer.lora_A[NAME].weight.device)"),
-        (TENSOR, "torch.tensor([layer.scaling[NAME]]).to(next(layer.lora_A.parameters()).device)[0]"),
+        (TENSOR, "torch.tensor([float(layer.scaling[NAME])]).to(next(layer.lora_A.parameters()).device)[0]"),
         (
             f"layer.scaling[NAME] = {TENSOR}",
             "layer.scaling = {name: torch.as_tensor(each).to(layer.lora_A[name].weight.device) for name, each in layer.scaling.items()}",
