@@ -200,7 +200,7 @@ class Bound:
         for number, (value, expected) in enumerate(zip(leaves, self.inputs, strict=True)):
             found = input_form(value)
             fits = found == expected
-            if not fits and isinstance(found, list) and isinstance(expected, list):
+            if not fits and isinstance(found, list):
                 fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
                 fits = fits and all(map(allowed, found[0], expected[0]))
             if not fits:
