@@ -395,13 +395,16 @@ def test_what_differs_in_its_outputs(tmp_path, monkeypatch, compiled, bound, mat
     refused(match, lambda model: bind(path, model), model) if match else bind(path, model)
 
 
-def test_what_a_forward_writes_to_may_be_of_inference_mode(tmp_path, monkeypatch):
-    """Its inputs, and its buffers."""
+def test_what_a_forward_writes_to(tmp_path, monkeypatch):
+    """Its inputs, which may lie otherwise in memory, and its buffers; both may be of inference mode."""
     monkeypatch.setattr(Rounded, "forward", lambda self, x: self.first(x.mul_(0.5)) + self.calls.add_(1))
     kind = Kind(Rounded, lambda: torch.randn(3, 12), ("first",))
     model = prepared(kind, tmp_path)
     model.get_base_model().register_buffer("calls", torch.zeros(()))
     path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()))
+    for given in (torch.ones(3, 12), torch.ones(12, 3).t()):
+        bind(path, model)(given)
+        assert torch.equal(given, torch.full((3, 12), 0.5))
     with torch.inference_mode():
         bind(path, model)
         model.get_base_model().calls = torch.zeros(())
