@@ -163,7 +163,7 @@ def test_convolutions(tmp_path):
     """Their views of the memory have other strides."""
     kind = KINDS["conv"]
     model, x = prepared(kind, tmp_path), kind.inputs()
-    ahead = bind(file_of(model, tmp_path, kwargs=dict(x=x)), model)
+    ahead = bind(file_of(model, tmp_path, args=(x,), kwargs=None), model)
     before = ahead(x)
     new = save_random_adapter(kind, tmp_path / "new", seed=5, r=8)
     hotswap_adapter(model, new, "default")
@@ -192,7 +192,7 @@ class Pair(nn.Module):
         super().__init__()
         self.first = nn.Linear(12, 12)
 
-    def forward(self, x, y):
+    def forward(self, x, y, *more):
         return self.first(x) + y.unflatten(0, (-1, 2)).sum(1)
 
 
@@ -238,6 +238,8 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
             torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
     refused("not made of the rows", lambda _: ahead(**ids(3)), pool)
     refused("AdapterPool", lambda model: bind(path, model), load(kind, folders["a"]))
+    two = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=2, base_weights={}, progress=False)
+    refused(r"2 rows\n.*rows=4", lambda pool: bind(path, pool), two)
     with pytest.raises(HotswapError, match="exported by aoti_compile only"):
         torch.export.export(pool.model, (), ids())
 
@@ -312,10 +314,11 @@ def test_layers_that_look_alike(tmp_path, which, dynamic):
 
 def test_repeated_layers_in_repeated_layers(tmp_path):
     model = prepared(LLAMA, tmp_path)
-    model.get_base_model()._no_split_modules = ["LlamaMLP", "LlamaDecoderLayer"]
-    path = file_of(model, tmp_path, repeated_blocks=True)
-    assert [each["paths"] for each in read(path)[0]["graphs"]] == [["model.layers.0", "model.layers.1"]]
-    assert_computes(bind(path, model), model, ids())
+    for name, kinds in (("_no_split_modules", ["LlamaMLP", "LlamaDecoderLayer"]), ("_repeated_blocks", ["LlamaMLP"])):
+        setattr(model.get_base_model(), name, kinds)  # diffusers has the second name, and both
+        path, last = file_of(model, tmp_path, repeated_blocks=True), ".mlp" * (len(kinds) == 1)
+        assert [each["paths"] for each in read(path)[0]["graphs"]] == [[f"model.layers.{n}{last}" for n in (0, 1)]]
+        assert_computes(bind(path, model), model, ids())
 
 
 def test_a_wrong_block_is_not_compiled(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def test_a_function_of_a_size_is_what_it_is_to_pytorch(function):
             assert fits == (other == value), (size, other)
 
 
+@pytest.mark.parametrize("condition", ["~Eq(s0, 3)", "s0 > 9", "Unknown(s0)"])
+def test_a_condition_that_can_not_be_checked_later(condition):
+    refused("can't be checked later", Sizes({"s0": "x.shape[0]"}, [condition]).check, 4)
+
+
 def granite(**settings: object) -> nn.Module:
     settings = dict(logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3) | settings
     return transformers.GraniteForCausalLM(transformers.GraniteConfig(**FEW | settings))
@@ -70,7 +76,8 @@ def granites(tmp_path_factory):
 
 def test_arguments_by_position_and_by_default(granites):
     make, path = granites
-    ahead, given = bind(path, model := make()), ids()
+    two = SimpleNamespace(first=make("other"), second=(model := make()))  # the second one has the name
+    ahead, given = bind(path, two), ids()
     expected = ahead(**given)
     assert type(expected) is type(model(**given))
     for other in (ahead(given["input_ids"], use_cache=False), ahead(**given, attention_mask=None)):
@@ -86,6 +93,7 @@ CALLS = [
     ("the inputs input_ids", {**ids(), "color": 1}),
     ("None", dict(use_cache=False)),
     ("True", {**ids(), "use_cache": True}),
+    ("logits_to_keep: 1", {**ids(), "logits_to_keep": 1}),
 ]
 
 
@@ -100,6 +108,7 @@ def test_inputs_of_another_form(granites):
 
 UNFIT = [
     (lambda folder: load(LLAMA, save_random_adapter(LLAMA, folder / "a", 1)), {}, "Only a prepared model"),
+    (lambda folder: prepared_for(8, add_another(prepared(LLAMA, folder)), "other"), {}, "adapters: 'default', 'other'"),
     (lambda folder: prepared(LLAMA, folder).train(), {}, "training mode"),
     (partial(prepared, LLAMA), dict(dynamic_shapes={"ids": {0: AUTO}}), "dynamic_shapes for ids"),
     (partial(prepared, LLAMA), dict(kwargs=dict(input_ids="text")), "can't be exported"),
@@ -119,8 +128,9 @@ def test_what_can_not_be_compiled(tmp_path, make, options, match):
 # ---- other models, other files
 
 
-def set_eps(model):
-    model.get_base_model().model.norm.variance_epsilon = 0.1
+def with_norm(model, **attributes):
+    for name, value in attributes.items():
+        setattr(model.get_base_model().model.norm, name, value)
     return model
 
 
@@ -135,8 +145,8 @@ def other_function(model):
     return model
 
 
-def prepared_for(rank, model):
-    prepare(model, target_rank=rank)
+def prepared_for(rank, model, name=None):
+    prepare(model, adapter_name=name, target_rank=rank)
     return model
 
 
@@ -151,9 +161,12 @@ OTHERS = {
     "a larger rank": (lambda make: make(rank=40), OTHER_SHAPES),
     "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
     "no adapter": (lambda make: LLAMA.base(), "no adapter"),
-    "another number": (lambda make: set_eps(make()), "model.norm.variance_epsilon = 0.1"),
+    "another number": (lambda make: with_norm(make(), variance_epsilon=0.1), "model.norm.variance_epsilon = 0.1"),
+    "a class": (lambda make: with_norm(make(), kind=nn.Tanh), "model.norm.kind = Tanh"),
+    "no weight": (lambda make: with_norm(make(), weight=None), "model.norm.weight: no such tensor"),
     "ropes by the type of a layer": (lambda make: other_ropes(make()), "full_attention.rope_theta = 5.0"),
     "another function": (lambda make: other_function(make()), "act_fn.type = Tanh"),
+    "another forward": (lambda make: replace_forward(make()), "mlp.forward = replace_forward"),
     **{
         name: (lambda make, name=name, value=value: make(**{name: value}), rf"config.{name} = {value!r}\n  expected: ")
         for name, value in SETTINGS.items()
@@ -254,6 +267,7 @@ def parts(model) -> tuple:
 def replace_forward(model):
     mlp, *_ = parts(model)
     mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+    return model
 
 
 def double(module, given, output):
@@ -275,6 +289,7 @@ def move_scaling(model):
 def add_another(model):
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
+    return model
 
 
 def load_again(model):
@@ -360,6 +375,42 @@ def test_float64_that_is_rounded_on_the_way(tmp_path, monkeypatch):
     refused("does not compute", lambda model: bind(path, model), model)
 
 
+#: what is compiled; what the model computes when it is bound; what that is refused with
+UNLIKE = [
+    (lambda y: (y, y), lambda y: (y, None), "a Tensor where the model has a NoneType"),
+    (lambda y: (y, None), lambda y: (y, y), "a NoneType where the model has a Tensor"),
+    (lambda y: 0 * y, lambda y: 0 * y[:1], r"\[3, 12\] where the model has torch.float32 \[1, 12\]"),
+    (lambda y: y, lambda y: y.double(), r"torch.float32 \[3, 12\] where the model has torch.float64"),
+    (lambda y: torch.complex(y, y), lambda y: torch.complex(y, y) * (1 + 1e-6), None),
+]
+
+
+@pytest.mark.parametrize(("compiled", "bound", "match"), UNLIKE)
+def test_what_differs_in_its_outputs(tmp_path, monkeypatch, compiled, bound, match):
+    kind = Kind(Rounded, lambda: torch.randn(3, 12), ("first",))
+    model = prepared(kind, tmp_path)
+    monkeypatch.setattr(Rounded, "forward", lambda self, x: compiled(self.first(x)))
+    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()))
+    monkeypatch.setattr(Rounded, "forward", lambda self, x: bound(self.first(x)))
+    refused(match, lambda model: bind(path, model), model) if match else bind(path, model)
+
+
+def test_what_a_forward_writes_to(tmp_path, monkeypatch):
+    """Its inputs, which may lie otherwise in memory, and its buffers; both may be of inference mode."""
+    monkeypatch.setattr(Rounded, "forward", lambda self, x: self.first(x.mul_(0.5)) + self.calls.add_(1))
+    kind = Kind(Rounded, lambda: torch.randn(3, 12), ("first",))
+    model = prepared(kind, tmp_path)
+    model.get_base_model().register_buffer("calls", torch.zeros(()))
+    path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()))
+    for given in (torch.ones(3, 12), torch.ones(12, 3).t()):
+        bind(path, model)(given)
+        assert torch.equal(given, torch.full((3, 12), 0.5))
+    with torch.inference_mode():
+        bind(path, model)
+        model.get_base_model().calls = torch.zeros(())
+    bind(path, model)
+
+
 class Rounded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -376,4 +427,5 @@ def test_hooks_of_transformers_do_nothing(granites):
     model(**ids(), output_hidden_states=True, output_attentions=True)
     nn.Linear(1, 1).register_forward_hook(lambda *_: None)  # of another model
     assert torch.utils.hooks.RemovableHandle.next_id > before
-    assert_computes(ahead, model, ids())
+    for code in (ahead, bind(path, model)):
+        assert_computes(code, model, ids())

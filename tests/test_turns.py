@@ -43,7 +43,7 @@ from hotswap_lab import (
     verify_hotswap,
     waiting_at_most,
 )
-from hotswap_lab.threads import bases_of, in_use_now, is_shared, locked, share_turn, turns, turns_of
+from hotswap_lab.threads import Block, bases_of, in_use_now, is_shared, locked, share_turn, turns, turns_of
 
 KIND = KINDS["linear"]
 #: long enough for a thread to get to where it has to wait
@@ -127,6 +127,10 @@ def compute_inside(model: object, folder: str) -> bool:
 def enter(model: object) -> None:
     with in_use(model):
         pass
+
+
+async def enter_in_a_task(model: object) -> None:
+    enter(model)
 
 
 def twice(folder: str) -> dict[str, torch.Tensor]:
@@ -495,6 +499,8 @@ def test_what_must_not_wait_is_let_in_where_its_own_thread_computes(model, folde
             with in_use_now(model) as is_mine:
                 assert (is_mine, swap.done()) == (is_let_in, False)
         swap.result(30)
+    with locked(*bases_of(model)), in_use_now(model) as is_mine:  # in the middle of a swap of its own
+        assert not is_mine
 
 
 # ---- what changes while a swap waits
@@ -615,7 +621,9 @@ def test_another_task_of_the_thread_is_refused(pool, folders, way):
 
 
 @pytest.mark.parametrize("when", ["in the queue", "waiting for a thread", "inside", "while it puts back"])
-def test_a_task_that_is_cancelled_leaves_nothing_behind(pool, when):
+def test_a_task_that_is_cancelled_leaves_nothing_behind(pool, when, monkeypatch):
+    monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT / 2)  # of no task
+
     async def stay() -> None:
         async with pool.using("new"):
             entered.set()
@@ -663,6 +671,7 @@ def test_a_task_waits_no_longer_than_it_is_let(pool):
         first, second = asyncio.create_task(wait(3 * MOMENT)), asyncio.create_task(wait(MOMENT))
         await asyncio.wait([second])
         assert not first.done()
+        enter(pool)  # that task can only go on after this one
         for task in (first, second):
             with pytest.raises(ModelInUseError):
                 await task
@@ -787,6 +796,7 @@ def test_a_block_that_is_entered_and_left_in_threads_of_a_pool(pool):
         other.submit(first.__exit__, None, None, None).result(30)
         entering.result(30)
         assert pool.active == "third"
+        asyncio.run(enter_in_a_task(pool))  # which that thread, another one, does not keep from going on
         other.submit(second.__exit__, None, None, None).result(30)
     assert pool.active == "old"
 
@@ -817,8 +827,13 @@ def test_a_swap_does_not_wait_for_ever_for_a_stream_of_another_thread(pool, monk
         waiting = other.submit(pool.swap, "third")
         try:
             assert isinstance(waiting.exception(20), ModelInUseError)
+            with waiting_at_most(30):
+                patient = in_a_worker(other, pool.swap, "new")
+            time.sleep(3 * MOMENT)
+            assert not patient.done()
         finally:
             server.submit(steps.close).result(30)
+        patient.result(30)
     pool.swap("third")
 
 
@@ -883,6 +898,21 @@ def test_the_next_entry_puts_back_first_if_the_block_could_not(pool, folders):
         leave.set()
         swap.result(30)
     assert computes(pool.model, folders["old"])
+
+
+def test_what_ctrl_c_kept_from_being_put_back_is_put_back_before_the_next_swap(model):
+    (base,), to_raise = bases_of(model), [None, KeyboardInterrupt]
+
+    def back() -> None:
+        if error := to_raise.pop():
+            raise error
+
+    block = Block(base, lambda backs: backs.append(back), "", tuple, contextlib.nullcontext)
+    block.__enter__()
+    with pytest.raises(KeyboardInterrupt):
+        block.__exit__(GeneratorExit)
+    with locked(base):
+        assert not to_raise
 
 
 def test_a_task_that_still_computes_at_the_end_of_its_block_gets_the_former_adapter_later(pool, folders):
@@ -1048,6 +1078,40 @@ def test_what_a_block_waits_for_is_refused_rather_than_waited_for(pool, folders,
 
     asyncio.run(asyncio.wait_for(parent(), 30))
     assert pool.active == "old"
+
+
+def test_what_runs_in_the_context_of_a_block_or_in_another_one(pool):
+    """Code that a block waits for computes with it, and does not swap. So does code that a generator runs in a step."""
+
+    def steps(block, then: Callable, *arguments: object) -> Iterator[None]:
+        with block:
+            yield
+            then(*arguments)
+            yield
+
+    async def everything() -> None:
+        with pool.using("new"):
+            await asyncio.create_task(enter_in_a_task(pool))
+        generator = steps(pool.using("new"), enter, pool)
+        for _ in range(2):
+            contextvars.copy_context().run(next, generator)
+        generator.close()
+
+    asyncio.run(everything())
+    with ThreadPoolExecutor(1) as worker:
+        with in_use(pool):
+            swap = start(pool.swap, "third")
+            in_a_worker(worker, enter, pool).result(30)
+        swap.result(30)
+        with pool.using("new"):
+            error = in_a_worker(worker, pool.swap, "old").exception(30)
+            assert "nobody else would end it" in str(error)
+            assert pool.active == "new"
+        generator = steps(in_use(pool), pool.swap, "old")
+        in_a_worker(worker, next, generator).result(30)
+        error = in_a_worker(worker, next, generator).exception(30)
+        assert "This thread is computing" in str(error)
+    assert pool.active == "third"
 
 
 def test_a_plain_block_that_would_block_the_loop_that_a_stream_needs(pool):

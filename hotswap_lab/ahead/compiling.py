@@ -195,7 +195,7 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
 
 def _likeness(program: Any, places: Mapping[str, Place]) -> str:
     """A text that two programs share if they compute the same with their tensors."""
-    code = [each.code for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    code = [each.code for each in program.graph_module.modules()]  # those of branches, too
     constants = hashlib.sha256(safetensors.torch.save(_lifted(program))).hexdigest()
     return "\n".join([*code, str(program.graph_signature), constants, json.dumps(_notes_on(program, (), places))])
 
@@ -238,7 +238,7 @@ def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place])
     signature = program.graph_signature
     wanted = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    given = (program.example_inputs or ((), {}))[1]
+    given = program.example_inputs[1]
     examples = [(name, leaf) for name in given for leaf in compat.tree_flatten(given[name])[0]]
     inputs, symbols, conditions, sizes = [], {}, conditions_of(program), {}
     specs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]

@@ -43,8 +43,7 @@ CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, 
 
 def top_of(host: Host) -> torch.nn.Module:
     """The module to compile: the base model, or the module that the user has put around the adapter's model."""
-    root = unwrap_compiled(host.root)
-    return host.base if root is host.carrier else root
+    return host.base if (root := unwrap_compiled(host.root)) is host.carrier else root
 
 
 def prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:

@@ -174,9 +174,7 @@ class Bound:
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
-        forms: list[Any] = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
-        self.input_form: Any = forms[0]
-        self.output_form: Any = forms[1]
+        self.input_form, self.output_form = map(compat.treespec_loads, self.code.loader.get_call_spec())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)
@@ -187,7 +185,12 @@ class Bound:
         if form != self.input_form:
             raise refused("ahead_inputs", found=form, expected=self.input_form)
         self._check(leaves, given)
-        outputs = self.code.loader.boxed_run([each.contiguous() for each in leaves if isinstance(each, torch.Tensor)])
+        tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
+        passed = [each.contiguous() for each in tensors]
+        outputs = self.code.loader.boxed_run([*passed])
+        for own, copy in zip(tensors, passed, strict=True):  # which the code may have written to, as forwards do
+            if own is not copy and 0 not in own.stride() and not torch.equal(own, copy):
+                own.copy_(copy)
         return compat.tree_unflatten(outputs, self.output_form)
 
     def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:
@@ -198,9 +201,8 @@ class Bound:
             return size == (own if isinstance(own, int) else sizes.setdefault(own, size))
 
         for number, (value, expected) in enumerate(zip(leaves, self.inputs, strict=True)):
-            found = input_form(value)
-            fits = found == expected
-            if not fits and isinstance(found, list) and isinstance(expected, list):
+            fits = (found := input_form(value)) == expected
+            if not fits and isinstance(found, list):
                 fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
                 fits = fits and all(map(allowed, found[0], expected[0]))
             if not fits:

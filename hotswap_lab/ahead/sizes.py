@@ -4,6 +4,7 @@ An export follows one path through a model's Python code: ``if length % 4`` is d
 then on. The conditions are expressions of SymPy, which are stored as text: ``Eq(Mod(s27, 4), 0)``.
 """
 
+import contextlib
 import functools
 import math
 import operator
@@ -86,12 +87,10 @@ class Sizes:
     def check(self, *sizes: int) -> None:
         """Refuse conditions that can't be evaluated, or that the sizes of the export break."""
         for each in self.conditions:
-            try:
-                holds = "~" not in each and self._compiled(each)(*sizes) is not False
-            except Exception:
-                holds = False
-            if not holds:
-                raise refused("ahead_arguments", found=f"a condition on sizes that can't be checked later, {each}")
+            with contextlib.suppress(Exception):
+                if "~" not in each and self._compiled(each)(*sizes) is not False:
+                    continue
+            raise refused("ahead_arguments", found=f"a condition on sizes that can't be checked later, {each}")
 
     def __str__(self) -> str:
         return listing(map(self._in_words, self.conditions)) or "none is dynamic"

@@ -240,7 +240,7 @@ class Turn:
 
     def let_in_at_once(self, entries: Sequence[Entry]) -> bool:
         """Let in blocks that are nested in one another, if no other block is open or waits; return whether it did."""
-        if self.lock._is_owned() or self.open or self.queue or self.owed:
+        if self.lock._is_owned():
             return False
         now, inside = time.monotonic(), ()
         for each in entries:
