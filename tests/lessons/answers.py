@@ -488,7 +488,7 @@ def prepare(base, family):
         (TENSOR, "torch.tensor([float(layer.scaling[NAME])]).to(next(layer.lora_A.parameters()).device)[0]"),
         (
             f"layer.scaling[NAME] = {TENSOR}",
-            "layer.scaling = {name: torch.as_tensor(each).to(layer.lora_A[name].weight.device) for name, each in layer.scaling.items()}",
+            "layer.scaling = {name: torch.as_tensor(float(each)).to(layer.lora_A[name].weight.device) for name, each in layer.scaling.items()}",
         ),
     ],
     "03 debug": [
