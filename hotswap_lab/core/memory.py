@@ -44,6 +44,8 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     >>> one, other = torch.zeros(4, 6), torch.zeros(2, 2)
     >>> overlapping([one, other, one.t(), one[:2], one[2:]]), overlapping([one[:, :3], other, one[:, 3:]])
     ([[0, 2, 3, 4]], [])
+    >>> overlapping([other[:1, :1].expand(3, 2), other[:1, :1]])  # one value, repeated
+    [[0, 1]]
     """
     spans = []
     for number, tensor in enumerate(tensors):
@@ -77,7 +79,7 @@ def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     groups: list[list[tuple[int, ...]]] = []
     end = 0
     for span in sorted(spans):
-        if groups and span[0] < end:
+        if span[0] < end:
             groups[-1].append(span)
         else:
             groups.append([span])

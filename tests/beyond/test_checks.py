@@ -31,7 +31,7 @@ from hotswap_lab import (
 KIND = KINDS["llama"]
 
 
-def adapter_for(base: str | None, folder: Path, seed: int) -> str:
+def adapter_for(base: object, folder: Path, seed: int) -> str:
     save_random_adapter(KIND, folder, seed, r=4, target_modules=["q_proj"])
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
@@ -48,11 +48,18 @@ def adapter_for(base: str | None, folder: Path, seed: int) -> str:
         (None, "team/base", 0, 0),
         ("/models/base", "team/base", 0, 0),  # most likely a copy
         ("/models/mine", "team/base", 1, 0),
+        ("tests/core", "other/core", 0, 0),  # here, it is a folder
+        ("team/base", "", 0, 0),  # these are no names
+        ("team/base", 7, 0, 0),
     ],
 )
-def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_pair(tmp_path, old, new, noted, warned):
+def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_pair(
+    tmp_path, monkeypatch, old, new, noted, warned
+):
+    monkeypatch.chdir(Path(__file__).parents[2])
     folders = [adapter_for(name, tmp_path / str(seed), seed) for seed, name in enumerate((old, new))]
     model = load(KIND, folders[0])
+    model.get_base_model().name_or_path = 7  # nor is this
     text = f"the adapter was made for {new}, and the model is {old}; that the shapes fit does not make it right"
     assert plan_hotswap(model, folders[1]).notes == [text] * noted
     with warnings.catch_warnings(record=True) as caught:

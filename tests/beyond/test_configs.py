@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hotswap_lab.beyond.configs import judge
 MALFORMED = [
     ("LoRA", dict(r=True), "r=True"),
     ("LoRA", dict(r=0), "r=0"),
-    ("LoRA", dict(lora_alpha=float("nan")), "lora_alpha=nan"),
+    *(("LoRA", dict(lora_alpha=each), "lora_alpha=") for each in (float("nan"), True, Fraction(8))),
     ("LoRA", dict(lora_dropout=1.5), "lora_dropout=1.5"),
     ("LoRA", dict(use_rslora="yes"), "use_rslora='yes'"),
     ("LoRA", dict(rank_pattern={"q_proj": 2.5}), "rank_pattern="),

@@ -112,7 +112,14 @@ CONFIGS = (
     dict(target_modules=["model.layers.1.self_attn.o_proj"]),
 )
 ONE_FIELD = (
-    *(dict(r=2), dict(lora_alpha=3), dict(use_rslora=True), dict(lora_dropout=0.3), dict(rank_pattern={"q_proj": 2})),
+    *(
+        dict(r=2),
+        dict(lora_alpha=3),
+        dict(use_rslora=True),
+        dict(use_rslora=None),
+        dict(lora_dropout=0.3),
+        dict(rank_pattern={"q_proj": 2}),
+    ),
     *(dict(alpha_pattern={"q_proj": 2}), dict(target_modules=["q_proj"]), dict(exclude_modules=["k_proj"])),
     dict(layers_to_transform=[1]),
 )
