@@ -59,7 +59,6 @@ def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_p
     monkeypatch.chdir(Path(__file__).parents[2])
     folders = [adapter_for(name, tmp_path / str(seed), seed) for seed, name in enumerate((old, new))]
     model = load(KIND, folders[0])
-    model.get_base_model().name_or_path = 7  # nor is this
     text = f"the adapter was made for {new}, and the model is {old}; that the shapes fit does not make it right"
     assert plan_hotswap(model, folders[1]).notes == [text] * noted
     with warnings.catch_warnings(record=True) as caught:
@@ -70,6 +69,12 @@ def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_p
     messages = [str(each.message) for each in caught if "was made for" in str(each.message)]
     assert len(messages) == warned
     assert not warned or text in messages[0]
+
+
+def test_a_base_model_whose_name_is_none(tmp_path):
+    model = load(KIND, adapter_for(None, tmp_path / "old", 1))
+    model.get_base_model().name_or_path = 7
+    assert not plan_hotswap(model, adapter_for("team/base", tmp_path / "new", 2)).notes
 
 
 @pytest.mark.parametrize("way", ["plain", "copied", "pool", "mix", "rows"])

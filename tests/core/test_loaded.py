@@ -166,11 +166,12 @@ def test_each_row_by_itself():
     assert rows[0]["when"] == now.as_dict()["when"]
     pool.assign(["shout", "sort", None, "shout"])  # row 0 keeps its adapter
     assert the(model).when > now.when
+    for number, each in enumerate(each for each in model.modules() if hasattr(each, "lora_A")):
+        each.set_scale("default", number)
+    assert [row.strength for row in the(model).rows] == [None, None, 0, None]
     pool.off()
     pool.assign(["shout", None, None, None])
     assert the(model).strength == the(model).rows[0].strength == 1
-    next(each for each in model.modules() if hasattr(each, "lora_A")).set_scale("default", 7)
-    assert [row.strength for row in the(model).rows] == [None, 0, 0, 0]
     model.delete_adapter("default")
     assert repr(loaded(model)) == "no adapters"
 
