@@ -307,6 +307,17 @@ def test_only_the_named_adapter_is_touched(tmp_path):
     assert_equals(model, fresh, LINEAR, name)
 
 
+@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
+def test_an_adapter_called_like_a_part_of_the_layers_that_it_is_added_to(tmp_path, name):
+    few, own, other = save_family(LINEAR, tmp_path, NEWS["fewer layers"], dict(r=2), dict(r=3))
+    model = load(LINEAR, other)
+    model.load_adapter(few, name)
+    hotswap_adapter(model, own, name, add_layers=True)
+    for each, folder in (("default", other), (name, own)):
+        model.set_adapter(each)
+        assert_same_outputs(model, load(LINEAR, folder), LINEAR)
+
+
 @pytest.mark.parametrize("rank", [4, 6])
 def test_parameters_stay_the_same_objects(tmp_path, rank):
     """Optimizers and hooks hold on to parameters; equal ranks even keep the addresses."""
