@@ -11,11 +11,12 @@ import torch
 from adapters import METHODS, save_all
 from lengths import few_of
 from lora_kinds import FAMILIES, MODELS
-from models import KINDS, load, save_family
+from models import KINDS, Kind, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, untouched
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from refusals import refused
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hotswap_lab import (
     Adapter,
@@ -232,6 +233,29 @@ def test_views_that_a_room_has_left_do_not_overlap(family):
     assert not overlaps_in(slot)
     hotswap_adapter(model, family[1])
     assert_equals_fresh_load(model, MLP, family[1], prepared=True)
+
+
+class WithGraph(type(MLP.base())):
+    """With memory that has no address, or several."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("graph", torch.eye(12).to_sparse())
+        self.register_buffer("two", TwoTensor(torch.ones(2), torch.ones(2)))
+
+    def forward(self, x):
+        return super().forward((self.graph @ x.T).T)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoraConfig])
+def test_a_base_with_a_sparse_buffer(tmp_path, config):
+    kind = Kind(WithGraph, MLP.make_inputs, ("first",))
+    folders = save_all(tmp_path, *(config(r=rank, target_modules=["first"]) for rank in (2, 3)), kind=kind)
+    model, config = load(kind, folders[0]), Adapter.load(folders[0]).config
+    hotswap_adapter(model, folders[1], "default")
+    assert_same_outputs(model, load(kind, folders[1]), kind, margin=10)
+    hotswap_adapter_from_state_dict(model, Adapter.load(folders[0]).tensors, "default", config)
+    assert_same_outputs(model, load(kind, folders[0]), kind, margin=10)
 
 
 # ---- trained tokens in a model with more
