@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import few_of, long
-from models import KINDS, Kind, call, load, save_random_adapter
+from models import KINDS, Kind, call, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -242,6 +242,16 @@ def test_base_weights_that_are_elsewhere(adapters, tmp_path, where):
         assert_same_outputs(model, load(kind, adapters[name]), LLAMA)
         if name == "first" and device_map:
             assert_equals_fresh_load(model, kind, adapters[name])
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_embeddings_that_are_elsewhere_are_refused(tmp_path, rank):
+    """PEFT has no values for an adapter on them, and saves them with it."""
+    embedded = dict(target_modules=["embed_tokens", "q_proj"])
+    old, new = save_family(LLAMA, tmp_path, dict(r=4) | embedded, dict(r=rank) | embedded)
+    model = load(LLAMA, old)
+    offload(model.get_base_model().model.embed_tokens.base_layer, "cpu", tmp_path)
+    refused("other base weights than the model has", hotswap_adapter, model, new, "default")
 
 
 @pytest.mark.parametrize("where", ["disk", long("cpu")])

@@ -401,7 +401,7 @@ class _Comparison:
         if type(live) is not type(fresh) or (live.shape != fresh.shape and not is_parameter):
             self._put_new(table, key, fresh, path)
             return
-        if live.device.type == "meta":
+        if live.is_meta or fresh.is_meta:
             self._refuse(path, "a tensor without data (on the meta device)")
             return
         self._note(live, fresh)

@@ -95,7 +95,8 @@ def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, res
         return sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
     # Some tensors are never saved, so a fresh load doesn't miss them. Others are saved once and shared by all layers.
     # Keys of a file differ from names in the model, so tensors are matched by their memory.
-    memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
+    # A base may have sparse buffers, which have no address.
+    memory = {key: each.data_ptr() for key, each in model.state_dict().items() if each.layout == torch.strided}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
     awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in keys} - filled

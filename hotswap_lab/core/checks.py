@@ -29,8 +29,7 @@ def _container_named(slot: Slot, config: Config) -> tuple[str, str] | None:
     """The path and the class of the first module with children that a config targets; None if there is none."""
     adaptable = (BaseTunerLayer, AuxiliaryTrainingWrapper, *ADAPTABLE)
     for path, module in slot.walk:
-        is_container = path and ".base_layer" not in path and module._modules and not isinstance(module, adaptable)
-        if is_container and lora.is_targeted(config, path):
+        if path and module._modules and not isinstance(module, adaptable) and lora.is_targeted(config, path):
             return path, type(module).__name__
     return None
 

@@ -164,10 +164,12 @@ def _context_of(each: Any) -> object | None:
     """The compile context of a module or function. A function stores it only in its closure."""
     if isinstance(each, torch.nn.Module):
         return each.__dict__.get("dynamo_ctx")
-    for cell in getattr(each, "__func__", each).__closure__ or ():
-        with contextlib.suppress(ValueError):  # the cell is empty
-            if compat.is_a(cell.cell_contents, "DynamoContext"):
-                return cell.cell_contents
+    while each is not None:
+        for cell in getattr(getattr(each, "__func__", each), "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # the cell is empty
+                if compat.is_a(cell.cell_contents, "DynamoContext"):
+                    return cell.cell_contents
+        each = getattr(each, "__wrapped__", None)  # of a compiled forward, what a hook of accelerate has put around it
     return None
 
 

@@ -150,7 +150,7 @@ def loaded_of(slot: Slot) -> Loaded:
         owner = None if room.is_touched else room.state.owner
         # of a pool's adapter that PEFT loaded, only the pool knows the source
         origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN, origin))
-    if slot.method.is_lora and not assigned and not any(ranks):
+    if slot.method.is_lora and not any(ranks):
         strength = 0.0
     kind, state = kind_of(slot.config), state_of(slot)
 

@@ -94,9 +94,8 @@ def _obstacle_at(tensor: SlotTensor) -> str | None:
         return f"a {tensor.named_key} without data (on the meta device)"
     if reason := tensor.obstacle():
         return f"a {tensor.named_key} {reason}"
-    is_plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
-    if not is_plain and not tensor.is_shard:
-        return f"a {tensor.named_key} of type {type(parameter.data).__name__}"
+    if type(parameter) is not torch.nn.Parameter and not tensor.is_shard:
+        return f"a {tensor.named_key} of type {type(parameter).__name__}"
     axes = zip(tensor.memory.shape, tensor.memory.stride(), strict=True)
     if not parameter.is_contiguous() and any(size > 1 and stride == 0 for size, stride in axes):
         return f"an expanded {tensor.named_key}, whose values share memory"

@@ -44,6 +44,8 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     >>> one, other = torch.zeros(4, 6), torch.zeros(2, 2)
     >>> overlapping([one, other, one.t(), one[:2], one[2:]]), overlapping([one[:, :3], other, one[:, 3:]])
     ([[0, 2, 3, 4]], [])
+    >>> overlapping([other[:1, :1].expand(3, 2), other[:1, :1]])  # one value, repeated
+    [[0, 1]]
     """
     spans = []
     for number, tensor in enumerate(tensors):
@@ -77,7 +79,7 @@ def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     groups: list[list[tuple[int, ...]]] = []
     end = 0
     for span in sorted(spans):
-        if groups and span[0] < end:
+        if span[0] < end:
             groups[-1].append(span)
         else:
             groups.append([span])
@@ -167,5 +169,5 @@ def _view(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _storage(tensor: torch.Tensor) -> int | None:
     """The address of a tensor's storage; None for tensors that have none, or several."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     return tensor.untyped_storage().data_ptr() if plain else None

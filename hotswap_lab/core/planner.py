@@ -277,10 +277,8 @@ def retarget_config(plan: Plan) -> None:
 
 def check_that_it_does_something(plan: Plan) -> None:
     """Refuse an adapter whose tensors are for no layer of the slot."""
-    for layer in plan.layers:
-        if layer.settings is not None:
-            return
-    if plan.adapter.tensors and not plan.refusals:
+    is_on = any(layer.settings is not None for layer in plan.layers)
+    if plan.adapter.tensors and not is_on and not plan.refusals:
         keys, paths = [repr(key) for key in plan.adapter.tensors], [repr(layer.path) for layer in plan.slot.layers]
         plan.refuse("nothing_for_any_layer", keys=listing(keys, 2), paths=listing(paths, 2))
 

@@ -211,7 +211,7 @@ def make_prepared(layer: TunerLayer, adapter_name: str, scaling: torch.Tensor | 
     journal.set_attribute(layer, "__class__", prepared_class(type(layer)))
     for table in DROPOUTS & layer._modules.keys():
         present: Any = layer._modules[table]
-        if adapter_name in present and not isinstance(present[adapter_name], EvalFreeDropout):
+        if not isinstance(present[adapter_name], EvalFreeDropout):
             dropout = EvalFreeDropout(p=getattr(present[adapter_name], "p", 0.0))
             journal.set_item(present, adapter_name, dropout.train(layer.training))
 
@@ -234,7 +234,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
     or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
     the others takes a call in every process, but a state dict may be requested in one of them only.
     """
-    return is_marked_off(layer, adapter_name) and not any(each.memory.any() for each in tensors if not each.reads_base)
+    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors if not each.reads_base)
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:

@@ -162,9 +162,8 @@ class Room:
         kept = slot.host.base.__dict__.get(SLOTS, {}).get(name)
         if kept is None or kept.room is not self or name not in slot.host.configs or not slot.is_in_place():
             return False
-        for tensor, parameter in zip(self._extra, self._of_extra, strict=True):
-            if tensor.parameter is not parameter:
-                return False
+        if any(tensor.parameter is not known for tensor, known in zip(self._extra, self._of_extra, strict=True)):
+            return False
         return [parameter.data_ptr() for parameter in self._parameters] == self._addresses_now()
 
     def _addresses_now(self) -> list[int]:

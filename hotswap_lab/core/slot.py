@@ -248,10 +248,9 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
     is_targeted, expected = lora.is_targeted, []
     alike = None if any(getattr(config, pattern) for pattern in PATTERNS) else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
-        targeted = is_targeted(config, layer.path) or any(is_targeted(config, path) for path in layer.aliases)
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
-        shapes = [tensor.shape_for(settings.rank) for tensor in tensors]
-        expected.append(Expected(settings, targeted, None if settings.rank % tensors[0].rank_step else shapes))
+        shapes = None if settings.rank % tensors[0].rank_step else [each.shape_for(settings.rank) for each in tensors]
+        expected.append(Expected(settings, is_targeted(config, layer.path), shapes))
     return expected
 
 

@@ -117,8 +117,8 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     """
     if is_marked_off(layer, adapter_name):
         return _trained_while_off(layer, adapter_name, tensor, of_lora)
-    rank = own_rank(layer, adapter_name, tensor)
-    if rank == tensor.capacity or tensor.is_shard or not tensor.padding(tensor.parameter, rank).any():
+    rank, parameter = own_rank(layer, adapter_name, tensor), tensor.parameter
+    if rank == tensor.capacity or tensor.is_shard or parameter.is_meta or not tensor.padding(parameter, rank).any():
         return None
     found = f"has rank {rank}, but the padding of its {tensor.key} is not zero, {DIFFERS}"
     cause = "An optimizer that still has the state of an earlier adapter does this: make a new one after a swap."
@@ -130,7 +130,7 @@ def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lor
     # while an adapter is merged, the base weight is not the one that the magnitude was computed from
     if tensor.rank_axis is not None or not of_lora or tensor.is_shard or layer.merged_adapters:
         return None
-    if any(each.memory.any() for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
+    if not all(each.is_zero for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
         return None
     found = f"is off on a layer, but its {tensor.key} there was written to, {DIFFERS}"
     cause = "PEFT's set_adapter lets it be trained: call that before a swap, not after."
@@ -139,10 +139,9 @@ def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lor
 
 def _means_off(layer: Any, tensor: SlotTensor) -> bool:
     """Whether a magnitude or bias has no effect, up to the rounding of another device or precision."""
-    value = tensor.parameter.detach()
     if not tensor.reads_base:
-        return not value.any()
-    expected, weight = tensor.off_value(), layer.get_base_layer().weight
+        return tensor.is_zero
+    value, expected, weight = tensor.parameter.detach(), tensor.off_value(), layer.get_base_layer().weight
     if expected.is_meta or value.is_meta:
         return True  # without data, this can't be checked
     computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16

@@ -56,6 +56,11 @@ class SlotTensor:
         """The part of the parameter that this process holds. Writes to it reach the parameter."""
         return self.parameter
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether :attr:`memory` is zero, as far as this can be seen: not on the meta device."""
+        return self.memory.is_meta or not self.memory.any()
+
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         """Have ``change`` write ``source``, as in an adapter's file, to the parameter; None means "no adapter"."""
         parameter = self.owner._parameters[self.name]

@@ -165,6 +165,9 @@ def are_equal(first: Any, second: Any) -> bool:
 
     >>> are_equal([1, {"a": 2.0}], [1, {"a": 2}]), are_equal((1,), (1, 2)), are_equal(1, 2.0)
     (True, False, False)
+    >>> one = torch.ones(())
+    >>> are_equal({"a": 1}, {"a": 2}), are_equal({}, {"a": 1}), are_equal(one, 1), are_equal(1, one)
+    (False, False, False, False)
     """
     if first is second:
         return True

@@ -31,7 +31,7 @@ from hotswap_lab import (
 KIND = KINDS["llama"]
 
 
-def adapter_for(base: str | None, folder: Path, seed: int) -> str:
+def adapter_for(base: object, folder: Path, seed: int) -> str:
     save_random_adapter(KIND, folder, seed, r=4, target_modules=["q_proj"])
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
@@ -48,9 +48,15 @@ def adapter_for(base: str | None, folder: Path, seed: int) -> str:
         (None, "team/base", 0, 0),
         ("/models/base", "team/base", 0, 0),  # most likely a copy
         ("/models/mine", "team/base", 1, 0),
+        ("tests/core", "other/core", 0, 0),  # here, it is a folder
+        ("team/base", "", 0, 0),  # these are no names
+        ("team/base", 7, 0, 0),
     ],
 )
-def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_pair(tmp_path, old, new, noted, warned):
+def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_pair(
+    tmp_path, monkeypatch, old, new, noted, warned
+):
+    monkeypatch.chdir(Path(__file__).parents[2])
     folders = [adapter_for(name, tmp_path / str(seed), seed) for seed, name in enumerate((old, new))]
     model = load(KIND, folders[0])
     text = f"the adapter was made for {new}, and the model is {old}; that the shapes fit does not make it right"
@@ -63,6 +69,12 @@ def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_p
     messages = [str(each.message) for each in caught if "was made for" in str(each.message)]
     assert len(messages) == warned
     assert not warned or text in messages[0]
+
+
+def test_a_base_model_whose_name_is_none(tmp_path):
+    model = load(KIND, adapter_for(None, tmp_path / "old", 1))
+    model.get_base_model().name_or_path = 7
+    assert not plan_hotswap(model, adapter_for("team/base", tmp_path / "new", 2)).notes
 
 
 @pytest.mark.parametrize("way", ["plain", "copied", "pool", "mix", "rows"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lengths import long
 from lora_kinds import LLAMA, MODELS
 from models import load, save_random_adapter
 from oracle import assert_equals_fresh_load
-from peft import XLoraConfig
+from peft import LoraConfig, XLoraConfig, inject_adapter_in_model
 from refusals import refused
 
 from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, hotswap_adapter_from_state_dict
@@ -21,7 +22,7 @@ from hotswap_lab.beyond.configs import judge
 MALFORMED = [
     ("LoRA", dict(r=True), "r=True"),
     ("LoRA", dict(r=0), "r=0"),
-    ("LoRA", dict(lora_alpha=float("nan")), "lora_alpha=nan"),
+    *(("LoRA", dict(lora_alpha=each), "lora_alpha=") for each in (float("nan"), True, Fraction(8))),
     ("LoRA", dict(lora_dropout=1.5), "lora_dropout=1.5"),
     ("LoRA", dict(use_rslora="yes"), "use_rslora='yes'"),
     ("LoRA", dict(rank_pattern={"q_proj": 2.5}), "rank_pattern="),
@@ -80,6 +81,9 @@ def test_the_heads_that_peft_adds_to_a_config_for_a_task(tmp_path, kind, task):
     for folder in (new, old, new):
         hotswap_adapter(model, folder, "default")
         assert_equals_fresh_load(model, kind, folder)
+    injected = inject_adapter_in_model(LoraConfig(target_modules=list(kind.modules)), kind.base())
+    hotswap_adapter(injected, new)  # where PEFT adds none
+    assert injected.peft_config["default"].modules_to_save is None
     if kind is LLAMA:
         pool = AdapterPool(load(kind, old), adapters={"new": new}, progress=False)
         pool.swap("new")

@@ -12,7 +12,7 @@ import torch
 from adapters import CONFIGS, LLAMA, save_all, save_random_adapter_of
 from lengths import long
 from lora_kinds import ATTENTION
-from models import KINDS, call, load
+from models import KINDS, Kind, call, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from partial import some_of
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel
@@ -105,6 +105,21 @@ def test_parameters_of_other_shapes_are_the_same_objects(tmp_path, name):
     model(**LLAMA.inputs()).logits.square().mean().backward()
     optimizer.step()
     assert [key for key, value in values.items() if torch.equal(value, after[key])] == []
+
+
+class Head(torch.nn.Linear):
+    """A head with a module that is optional."""
+
+    def __init__(self):
+        super().__init__(16, 6)
+        self.register_module("activation", None)
+
+
+def test_a_saved_module_without_one_of_its_parts(tmp_path):
+    kind = Kind(lambda: torch.nn.Sequential(torch.nn.Linear(12, 16), Head()), LINEAR.make_inputs, ("0",))
+    folders = save_family(kind, tmp_path, *[dict(r=4, modules_to_save=["1"])] * 2)
+    hotswap_adapter(model := load(kind, folders[0]), folders[1])
+    assert_equals_fresh_load(model, kind, folders[1], margin=10)
 
 
 # ---- what belongs to no adapter stays as it was

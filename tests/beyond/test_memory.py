@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from adapters import METHODS, save_all
 from lengths import few_of
 from lora_kinds import FAMILIES, MODELS
-from models import KINDS, load, save_family
+from models import KINDS, Kind, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, untouched
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from refusals import refused
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hotswap_lab import (
     Adapter,
@@ -155,8 +157,17 @@ def transposed(model) -> None:
     second.lora_B["default"].weight.data = first.lora_A["default"].weight.data.t()
 
 
+def strided(model, start: int, pitch: int) -> None:
+    """Views of one memory that meet: one has another pitch, or reaches around the end of the other's rows."""
+    memory = torch.zeros(300)
+    for block, where in zip(model.get_submodule("base_model.model.blocks"), ((48, 0), (pitch, start)), strict=True):
+        weight = block.lora_A["default"].weight
+        weight.data = memory.as_strided((4, 16), (where[0], 1), where[1]).copy_(weight.data)
+
+
 #: how the user ties two layers, and whether an adapter with values of its own fits if its rank is another one
 TIES = {one_memory: True, one_parameter: False, transposed: True}
+TIES |= {partial(strided, start=16, pitch=60): True, partial(strided, start=40, pitch=48): True}
 
 
 @pytest.fixture
@@ -192,7 +203,7 @@ def test_layers_that_the_user_ties(family, tie, swaps):
     set_peft_model_state_dict(fresh, tied.tensors)
     assert_same_outputs(model, fresh, MLP)
     a, b = (block.lora_A["default"].weight for block in model.get_submodule("base_model.model.blocks"))
-    assert tie is transposed or a.data_ptr() == b.data_ptr()
+    assert a.data_ptr() == b.data_ptr() or tie not in (one_memory, one_parameter)
     if not TIES[tie]:
         refused("share memory", hotswap_adapter, model, smaller)
         return
@@ -222,6 +233,29 @@ def test_views_that_a_room_has_left_do_not_overlap(family):
     assert not overlaps_in(slot)
     hotswap_adapter(model, family[1])
     assert_equals_fresh_load(model, MLP, family[1], prepared=True)
+
+
+class WithGraph(type(MLP.base())):
+    """With memory that has no address, or several."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("graph", torch.eye(12).to_sparse())
+        self.register_buffer("two", TwoTensor(torch.ones(2), torch.ones(2)))
+
+    def forward(self, x):
+        return super().forward((self.graph @ x.T).T)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoraConfig])
+def test_a_base_with_a_sparse_buffer(tmp_path, config):
+    kind = Kind(WithGraph, MLP.make_inputs, ("first",))
+    folders = save_all(tmp_path, *(config(r=rank, target_modules=["first"]) for rank in (2, 3)), kind=kind)
+    model, config = load(kind, folders[0]), Adapter.load(folders[0]).config
+    hotswap_adapter(model, folders[1], "default")
+    assert_same_outputs(model, load(kind, folders[1]), kind, margin=10)
+    hotswap_adapter_from_state_dict(model, Adapter.load(folders[0]).tensors, "default", config)
+    assert_same_outputs(model, load(kind, folders[0]), kind, margin=10)
 
 
 # ---- trained tokens in a model with more

@@ -25,6 +25,12 @@ def test_it_is_what_code_for_peft_catches():
             raise refused("merged", adapter_name="default")
 
 
+def test_an_error_without_words_is_named_by_its_class():
+    assert "found:    AssertionError: AssertionError" in str(
+        refused("layers_not_addable", error=AssertionError(), paths="")
+    )
+
+
 def test_it_survives_pickling():
     error = HotswapError(*[Refusal(f"s{number}", "f", "e", f"n{number}") for number in range(5)])
     twin = pickle.loads(pickle.dumps(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from models import KINDS
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from refusals import refused
 from torch import nn
 
@@ -49,6 +49,15 @@ def test_two_models_with_the_same_adapter_name_are_refused():
     models = [get_peft_model(KIND.base(), LoraConfig(**CONFIG), name) for name in ("one", "one", "other")]
     refused("More than one part of the model", resolve_slot, nn.ModuleList(models), "one")
     assert resolve_slot(nn.ModuleList(models), "other").host.base is models[2].get_base_model()
+
+
+def test_an_adapter_inside_that_has_the_same_name_is_refused():
+    """PEFT has both under that name in the base's layers: a swap of the prompts would take LoRA out of the model."""
+    inner = get_peft_model(KINDS["llama"].base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    refused("More than one part of the model", resolve_slot, PeftModel(inner, prompts), "default")
+    assert len(resolve_slot(inner, "default").layers) == 2
+    assert not resolve_slot(PeftModel(inner, prompts, "other"), "other").layers
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

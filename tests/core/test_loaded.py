@@ -149,6 +149,7 @@ def test_each_row_by_itself():
         (sort, 0, SORT, ()),
     ]
     assert (now.ranks, now.strength, now.source) == ((6, 8, 16, 24), 0.5, "the rows of a pool")
+    assert ">shout | sort | - | sort</td>" in loaded(model)._repr_html_()
     rows = json.loads(json.dumps(now.as_dict()))["rows"]
     assert [(row["member"], row["sha256"]) for row in rows[:3]] == [
         ("shout", HASHES[SHOUT]),
@@ -165,6 +166,14 @@ def test_each_row_by_itself():
     assert rows[0]["when"] == now.as_dict()["when"]
     pool.assign(["shout", "sort", None, "shout"])  # row 0 keeps its adapter
     assert the(model).when > now.when
+    for number, each in enumerate(each for each in model.modules() if hasattr(each, "lora_A")):
+        each.set_scale("default", number)
+    assert [row.strength for row in the(model).rows] == [None, None, 0, None]
+    pool.off()
+    pool.assign(["shout", None, None, None])
+    assert the(model).strength == the(model).rows[0].strength == 1
+    model.delete_adapter("default")
+    assert repr(loaded(model)) == "no adapters"
 
 
 @pytest.mark.parametrize("state", ["active", "inactive", "disabled", "merged"])

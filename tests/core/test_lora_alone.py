@@ -87,6 +87,8 @@ def test_more_than_plain_lora_is_refused_before_and_after(plain, tmp_path, field
     [
         (dict(lora_alpha=float("nan")), "lora_alpha=nan"),
         (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(bias=None), "bias"),
+        (dict(trainable_token_indices=0), "trainable_token_indices"),
         (dict(rank_pattern={"(": 2}), "regular expression"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -110,21 +111,24 @@ def test_what_else_a_fused_kernel_takes_for_one_piece(tmp_path):
     """The gradient, and the state, which a file may have with the strides of another model; nothing that is frozen."""
     [folder] = save_family(KINDS["linear"], tmp_path, dict(r=4))
     frozen = trained(prepare(load(KINDS["linear"], folder, is_trainable=True)))
-    parameter = torch.nn.Parameter(torch.zeros(3, 4))
-    other = torch.ones(4, 3).T
-    for layout, match in ((other, "exp_avg of a parameter with strides"), (torch.ones(3, 4), None)):
-        optimizer = torch.optim.AdamW([parameter, *frozen], fused=True)
+    # of rank 1, strides say nothing; and one that has no gradient
+    others = [torch.nn.Parameter(torch.zeros(4, 3).T[:, :1]), torch.nn.Parameter(torch.zeros(2))]
+    rows, columns = torch.ones(3, 4), torch.ones(4, 3).T
+    for own, layout in ((columns, rows), (rows, columns), (rows, rows)):
+        parameter = torch.nn.Parameter(torch.zeros_like(own))
+        optimizer = torch.optim.AdamW([parameter, *others, *frozen], fused=True)
         for each in frozen:
             each.requires_grad_(False)
-        parameter.grad = torch.ones(3, 4)
+        parameter.grad, others[0].grad = torch.ones_like(own), torch.ones(3, 1)
         optimizer.step()
         optimizer.state[parameter]["exp_avg"] = layout
-        if match:
-            with pytest.raises(HotswapError, match=match):
-                optimizer.step()
-        else:
+        with (
+            contextlib.nullcontext()
+            if own is layout
+            else pytest.raises(HotswapError, match="exp_avg of a parameter with")
+        ):
             optimizer.step()
-    parameter.grad = other
+    parameter.grad = columns
     with pytest.raises(HotswapError, match="gradient of a parameter with strides"):
         optimizer.step()
 

@@ -271,6 +271,10 @@ def test_shared_blocks_must_agree(tmp_path, change):
     if change is torch.clone:
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, SHARED, new)
+        edit(new, with_config(target_modules=["late.0"]))  # which PEFT looks for by its first name alone
+        with pytest.raises(ValueError, match="not found"):
+            load(SHARED, new)
+        refused(r"does not target early\.0", hotswap_adapter, model, new, "default")
     else:
         refused("two different values for one tensor", hotswap_adapter, model, new, "default")
 
@@ -389,9 +393,12 @@ def test_base_weights_of_higher_precision_that_are_the_models_own(tmp_path, dtyp
 NAMES = [name for name, each in LLAMA.base().named_modules() if isinstance(each, nn.Linear) and "head" not in name]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", None, NAMES * 2], ids=["all-linear", "PEFT's default", "many names"])
+MANY = [name.removeprefix(prefix) for name in NAMES for prefix in ("model.", "model.layers.")]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None, MANY], ids=["all-linear", "PEFT's default", "many names"])
 def test_the_config_says_what_peft_makes_of_it(targets):
-    """Above twenty full names, PEFT looks for shorter ones that mean the same. The caller's config stays as it is."""
+    """Above twenty names, PEFT looks for shorter ones that mean the same. The caller's config stays as it is."""
     fresh = get_peft_model(LLAMA.base(), LoraConfig(target_modules=targets))
     model = get_peft_model(LLAMA.base(), LoraConfig(target_modules=list(LLAMA.modules)))
     config = LoraConfig(target_modules=targets)
@@ -432,8 +439,32 @@ def test_multihead_attention_from_a_state_dict():
     assert model.get_base_model().attention.scaling["default"] == 4
 
 
-def test_tensors_whose_values_share_memory_are_refused():
+class OfALibrary(nn.Parameter):
+    """Its values are not all that it has."""
+
+
+#: what is done to a layer, and why it can't be written to; None if it can
+ODD_LAYERS = {
+    "expanded": (lambda layer, a: setattr(a.weight, "data", torch.zeros(1, 1).expand(2, 12)), "share memory"),
+    "one row": (lambda layer, a: setattr(a.weight, "data", torch.zeros(50).as_strided((1, 12), (0, 3))), None),
+    "a parameter of a library": (
+        lambda layer, a: setattr(a, "weight", OfALibrary(a.weight.data)),
+        "of type OfALibrary",
+    ),
+    "a variant": (lambda layer, a: layer.lora_variant.update(default=OfALibrary()), None),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LAYERS)
+def test_layers_that_are_not_plain(odd):
+    change, match = ODD_LAYERS[odd]
     model = get_peft_model(LINEAR.base(), LoraConfig(r=2, target_modules=["first"]))
-    model.get_base_model().first.lora_A["default"].weight.data = torch.zeros(1, 1).expand(2, 12)
+    layer = model.get_base_model().first
+    change(layer, layer.lora_A["default"])
     swap, tensors = hotswap_adapter_from_state_dict, ones(first=(12, 16))
-    refused("share memory", swap, model, tensors, "default", LoraConfig(r=2))
+    if match:
+        refused(match, swap, model, tensors, "default", LoraConfig(r=2))
+    else:
+        swap(model, tensors, "default", LoraConfig(r=2))
+        assert torch.equal(layer.lora_A["default"].weight, torch.ones(2, 12))
+        assert not layer.lora_variant

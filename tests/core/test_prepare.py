@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import COPIES, KINDS, call, copied, load, lora_layers, save_family
+from models import COPIES, KINDS, Kind, call, copied, load, lora_layers, save_family
 from oracle import (
     assert_equals,
     assert_equals_fresh_load,
@@ -17,10 +17,11 @@ from oracle import (
     trained,
     untouched,
 )
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.utils import prune
 
 from hotswap_lab import (
@@ -112,6 +113,38 @@ def test_a_family_with_other_layers_is_found_by_itself(tmp_path):
             hotswap_adapter(model, folder, "default")
             assert_equals_fresh_load(model, LINEAR, folder, prepared=True)
         assert slot.data_ptrs() == addresses
+
+
+class Whole(nn.Linear):
+    """A layer with a layer inside."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.inner = nn.ModuleDict({"part": nn.Linear(4, 4)})
+
+
+def test_no_layer_is_added_inside_of_another():
+    """No fresh load takes a config that names both."""
+    config, other = (LoraConfig(r=2, target_modules=each) for each in (["0"], "0.*"))
+    model = get_peft_model(nn.Sequential(Whole()), config)
+    with pytest.raises(AttributeError, match="inner"):
+        get_peft_model(nn.Sequential(Whole()), other)
+    state = get_peft_model_state_dict(model)
+    prepare_model_for_compiled_hotswap(model, adapters=[other])
+    assert len(lora_layers(model)) == 1
+    refused(
+        "^Target module 0.base_layer.inner", hotswap_adapter, model, Adapter.from_state_dict(state, other), "default"
+    )
+
+
+def test_a_family_on_all_there_is(tmp_path):
+    """An expression that fits each path is not for the model as a whole, nor for what is inside of its layers."""
+    kind = Kind(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lambda: torch.randn(3, 4), ("0",))
+    one, both = save_family(kind, tmp_path, dict(r=2), dict(r=2, target_modules=".*"))
+    prepare_model_for_compiled_hotswap(model := load(kind, one), adapters=[one])
+    prepare_model_for_compiled_hotswap(model, adapters=[both])  # of the same rank, and with another layer
+    hotswap_adapter(model, both, "default")
+    assert_equals_fresh_load(model, kind, both, prepared=True)
 
 
 def test_the_family_in_any_form(tmp_path):
@@ -223,8 +256,11 @@ def test_other_adapters_come_and_go_on_a_prepared_model(tmp_path):
 def test_a_scaling_keeps_its_precision_and_follows_the_model_to_another_device(tmp_path):
     model = load(LINEAR, *save_family(LINEAR, tmp_path, dict(r=2)))
     prepare_model_for_compiled_hotswap(model, target_rank=8)
-    model.to(torch.bfloat16)
+    lora_layers(model)[0].register_buffer("mine", torch.ones(3))
+    lora_layers(model)[1].register_buffer("none", None)
+    model = copied(model.to(torch.bfloat16), "deepcopy")
     assert lora_layers(model)[0].scaling["default"].dtype == torch.float64
+    assert lora_layers(model)[0].mine.tolist() == [1, 1, 1]
     model.to("meta")  # which stands for any other device
     for layer in lora_layers(model):
         assert layer.scaling["default"].device.type == layer.lora_A["default"].weight.device.type == "meta"
@@ -244,6 +280,21 @@ def test_inference_mode(tmp_path, is_trainable):
         assert_equals_fresh_load(model, LINEAR, second, prepared=True, is_trainable=True)
     hotswap_adapter(model, first, "default")
     assert_same_outputs(model, load(LINEAR, first), LINEAR)
+
+
+def test_an_adapter_or_its_base_in_inference_mode(tmp_path):
+    """Each tensor stays what it was: in it, or not."""
+    folders = save_family(LINEAR, tmp_path, dict(r=2), dict(r=5))
+    for of_base, of_adapter in ((True, False), (True, True)):
+        with torch.inference_mode(of_base):
+            base = LINEAR.base()
+        with torch.inference_mode(of_adapter):
+            model = PeftModel.from_pretrained(base, folders[0]).eval()
+        hotswap_adapter(model, folders[1], "default")
+        with torch.inference_mode():
+            model.load_state_dict(model.state_dict())
+        assert_same_outputs(model, load(LINEAR, folders[1]), LINEAR)
+        assert {each.is_inference() for name, each in model.named_parameters() if "lora_" in name} == {of_adapter}
 
 
 def test_a_model_that_peft_prepared(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from faults import run_with_fault
 from lengths import few_of, long
 from models import COPIES, KINDS, call, copied, load, save_family, save_random_adapter
 from oracle import assert_same, assert_same_outputs, assert_same_tensors, contents, identities, untouched
-from peft import LoHaConfig, LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig
 from refusals import refused
 
 from hotswap_lab import AdapterPool, hotswap_adapter, prepare_model_for_compiled_hotswap, save_adapter
@@ -164,6 +165,37 @@ def test_pefts_set_adapter_unfreezes_it(tmp_path, form, way):
     assert trained(model) == flags
     train(model)
     save_adapter(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("form", [*FORMS, "LoKr"])
+def test_a_layer_that_was_off_and_gets_weights_is_saved_with_them(tmp_path, form):
+    configs = [
+        LoKrConfig(r=2, target_modules=of) if form == "LoKr" else LoraConfig(target_modules=of, **FORMS[form])
+        for of in (["first", "last"], ["first"])
+    ]
+    full, few = (save_random_adapter_of(each, tmp_path / str(n), n, MLP) for n, each in enumerate(configs))
+    prepare_model_for_compiled_hotswap(model := load(MLP, full))
+    hotswap_adapter(model, few, "default")
+    written = load(MLP, full).state_dict()
+    with torch.no_grad(), warnings.catch_warnings(action="error"):
+        for name, each in model.named_parameters():
+            each.copy_(written[name])
+        assert_same_tensors(model.state_dict(), written)
+
+
+@pytest.mark.parametrize("way", ["swap", "prepared"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("what", ["base_layer", "lora_", "."])
+def test_what_is_off_in_an_offloaded_model(tmp_path, what, form, way):
+    """accelerate leaves no values to look at."""
+    accelerate = pytest.importorskip("accelerate")
+    model, _, few = turned_off(tmp_path, FORMS[form], way)
+    for path, module in [*model.named_modules()]:
+        if what in path and module._parameters:
+            accelerate.cpu_offload(module, torch.device("cpu"))
+    with warnings.catch_warnings(action="error"):
+        keys, expected = model.state_dict().keys(), load(MLP, few).state_dict().keys()
+    assert {key for key in keys if "lora_" in key} == {key for key in expected if "lora_" in key}
 
 
 def test_what_is_off_stays_off_in_another_precision(tmp_path):

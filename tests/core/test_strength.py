@@ -20,7 +20,7 @@ from hotswap_lab import (
 )
 
 LINEAR = KINDS["linear"]
-CONFIG = dict(r=4, lora_alpha=6, rank_pattern={"last": 2}, alpha_pattern={"first": 3}, use_rslora=True)
+CONFIG = dict(r=4, lora_alpha=6, rank_pattern={"last": 2}, alpha_pattern={"first": 3, "blocks.1": 0}, use_rslora=True)
 
 
 @pytest.fixture(params=[False, True], ids=["floats", "tensors"])

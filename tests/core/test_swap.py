@@ -112,7 +112,14 @@ CONFIGS = (
     dict(target_modules=["model.layers.1.self_attn.o_proj"]),
 )
 ONE_FIELD = (
-    *(dict(r=2), dict(lora_alpha=3), dict(use_rslora=True), dict(lora_dropout=0.3), dict(rank_pattern={"q_proj": 2})),
+    *(
+        dict(r=2),
+        dict(lora_alpha=3),
+        dict(use_rslora=True),
+        dict(use_rslora=None),
+        dict(lora_dropout=0.3),
+        dict(rank_pattern={"q_proj": 2}),
+    ),
     *(dict(alpha_pattern={"q_proj": 2}), dict(target_modules=["q_proj"]), dict(exclude_modules=["k_proj"])),
     dict(layers_to_transform=[1]),
 )
@@ -298,6 +305,17 @@ def test_only_the_named_adapter_is_touched(tmp_path):
         assert_same(observe(model, name), observe(fresh, name))
         assert_same_outputs(model, fresh, LINEAR)
     assert_equals(model, fresh, LINEAR, name)
+
+
+@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
+def test_an_adapter_called_like_a_part_of_the_layers_that_it_is_added_to(tmp_path, name):
+    few, own, other = save_family(LINEAR, tmp_path, NEWS["fewer layers"], dict(r=2), dict(r=3))
+    model = load(LINEAR, other)
+    model.load_adapter(few, name)
+    hotswap_adapter(model, own, name, add_layers=True)
+    for each, folder in (("default", other), (name, own)):
+        model.set_adapter(each)
+        assert_same_outputs(model, load(LINEAR, folder), LINEAR)
 
 
 @pytest.mark.parametrize("rank", [4, 6])

@@ -295,6 +295,8 @@ def test_a_refusal_is_told_once(caplog):
     files = {"a": lora(SD), "b": lora(SD, seed=2)}
     pipe, pool = pool_of(files)
     damaged = {**files["a"], next(iter(files["a"])): torch.ones(1)}
+    with caplog.at_level(logging.INFO):
+        pool.update("b", files["b"])  # it is in no model, so there is nothing to tell
     caplog.clear()
     for action in (
         lambda: pool.swap("nobody"),
