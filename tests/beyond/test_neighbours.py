@@ -124,6 +124,14 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
 
 
+def test_embeddings_that_only_another_adapter_is_on(tmp_path):
+    """What PEFT has overwritten there is not this one's to give back."""
+    plain, embedded, new = save_all(tmp_path, *EMBEDDED, _lora(use_dora=True))
+    model = _two(LLAMA, plain, embedded)
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 @pytest.mark.parametrize("is_prepared", [long(False), True])
 def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
