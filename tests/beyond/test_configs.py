@@ -11,7 +11,7 @@ from lengths import long
 from lora_kinds import LLAMA, MODELS
 from models import load, save_random_adapter
 from oracle import assert_equals_fresh_load
-from peft import XLoraConfig
+from peft import LoraConfig, XLoraConfig
 from refusals import refused
 
 from hotswap_lab import Adapter, AdapterPool, hotswap_adapter, hotswap_adapter_from_state_dict
@@ -84,6 +84,13 @@ def test_the_heads_that_peft_adds_to_a_config_for_a_task(tmp_path, kind, task):
         pool = AdapterPool(load(kind, old), adapters={"new": new}, progress=False)
         pool.swap("new")
         assert_equals_fresh_load(pool.model, kind, new, prepared=True)
+
+
+@pytest.mark.parametrize("megatron_config", [None, {"a": 1}])
+@pytest.mark.parametrize("megatron_core", ["megatron.core", "os"])
+def test_only_megatron_is_imported(megatron_config, megatron_core):
+    config = LoraConfig(megatron_config=megatron_config, megatron_core=megatron_core)
+    assert len([*judge(config, "new")]) == (megatron_config is not None and megatron_core == "os")
 
 
 @pytest.mark.parametrize("role", ["new", "loaded"])

@@ -163,12 +163,15 @@ PROMPT = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL
 RANDLORA = [RandLoraConfig(r=rank, target_modules=ALL) for rank in (4, 4, 8)]
 
 
+MIXTRAL = ARCHITECTURES["mixtral"]
+EXPERTS = _lora(target_parameters=["experts.gate_up_proj"]), _lora(), _lora(target_parameters=["experts.down_proj"])
 QUERY, VALUE = (_lora(target_modules=[module]) for module in ("query", "value"))
 #: the model, its two adapters, the one that is swapped in, and why it is refused
 SHARED = {
     "IA3": (LLAMA, _ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([]), "found: "),
     "RandLora": (LLAMA, *RANDLORA, "found: "),
     "AdaptionPrompt": (LLAMA, *[PROMPT] * 3, "found: "),
+    "a parameter": (MIXTRAL, *EXPERTS, "a ParamWrapper that stays there, where a ParamWrapper would have to be put"),
     "biases": (MODELS["bert"], QUERY, VALUE, _lora(target_modules=["query"], bias="all"), "other adapters use, too"),
 }
 
@@ -183,6 +186,13 @@ def test_what_other_adapters_use_is_not_changed(tmp_path, what):
     expected = call(model, kind.inputs())
     _refused(model, new, match, "y", add_layers=True)
     assert torch.equal(call(model, kind.inputs()), expected)
+
+
+def test_adaption_prompts_that_are_disabled(tmp_path):
+    """PEFT has taken them out of the model."""
+    old, new = save_all(tmp_path, *CONFIGS["AdaptionPrompt"])
+    (model := load(LLAMA, old)).base_model.disable_adapter_layers()
+    _refused(model, new, "can be swapped only while it is in the model")
 
 
 def _merged(model):
