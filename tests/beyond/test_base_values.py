@@ -15,6 +15,7 @@ from oracle import assert_equals_fresh_load, assert_same_outputs
 from peft import LoHaConfig, LoraConfig, PeftModel
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hotswap_lab import (
     Adapter,
@@ -160,29 +161,35 @@ def test_a_base_weight_of_another_shape(tmp_path):
 
 
 class Odd(torch.nn.Module):
-    """What few models have: a whole number that is saved, weights that are empty or elsewhere, modules that are None."""
+    """What few models have: a whole number that is saved, weights that are empty, elsewhere or packed, a module None."""
 
     def __init__(self):
         super().__init__()
         self.first, self.norm, self.last = torch.nn.Linear(12, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 6)
         self.empty, self.elsewhere = (torch.nn.Parameter(torch.empty(2 * n, device=("cpu", "meta")[n])) for n in (0, 1))
+        self.packed = torch.nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
         self.register_module("none", None)
+        self.register_buffer("unused", torch.empty(2, device="meta"))
 
     def forward(self, x):
         return self.last(torch.tanh(self.norm(self.first(x))))
 
 
 def test_odd_base_weights(tmp_path):
-    kind = Kind(Odd, lambda: torch.randn(5, 12), ("first", "last"))
-    (changed, *others), weights = family(tmp_path, kind, "norm.weight"), weights_of(kind) | {"elsewhere": torch.ones(2)}
-    hotswap_adapter(model := load(kind, changed), others[0], base_weights=weights)
-    assert_same_outputs(model, load(kind, others[0]), kind)
-    pool = AdapterPool(load(kind, changed), adapters={"other": others[0]}, progress=False, base_weights=weights)
-    pool.swap("other")
-    assert_same_outputs(pool.model, load(kind, others[0]), kind)
-    model.load_adapter(others[1], "other")  # nothing has to be written to the base of both
-    hotswap_adapter(model, others[1], "default", base_weights=weights)
-    assert_same_outputs(model, load(kind, others[1]), kind)
+    kind = Kind(Odd, lambda: torch.randn(2, 12), ("first", "last"))
+    changed, first, second = family(tmp_path, kind, "norm.weight")
+    weights = weights_of(kind) | {"elsewhere": torch.ones(2), "packed": torch.zeros(2)}
+    hotswap_adapter(model := load(kind, changed), first, base_weights=weights)
+    assert_same_outputs(model, load(kind, first), kind)
+    assert torch.equal(model.get_base_model().packed.a, torch.ones(2))
+    for rows in (1, 2):
+        pool = AdapterPool(load(kind, changed), adapters={"a": first}, rows=rows, progress=False, base_weights=weights)
+        pool.swap("a")
+        assert_same_outputs(pool.model, load(kind, first), kind)
+    model = load(kind, first)
+    model.load_adapter(second, "other")  # nothing has to be written to the base of both
+    hotswap_adapter(model, second, "default", base_weights=weights)
+    assert_same_outputs(model, load(kind, second), kind)
 
 
 @pytest.mark.parametrize("damage", ["own memory", "other names", "other shape", "no values"])
@@ -244,11 +251,11 @@ def test_a_pool_on_embeddings_that_nothing_has_overwritten(tmp_path):
             assert_same_outputs(pool.model, load(LLAMA, folder), LLAMA, margin=10)
 
 
-def resized(name: str) -> Kind:
+def resized(name: str, **more: str) -> Kind:
     """A model that its user gave five more tokens; ``name``: where it came from."""
 
     def make():
-        model = llama(vocab_size=45)
+        model = llama(vocab_size=45, **more)
         model.name_or_path = name
         return model
 
@@ -280,3 +287,6 @@ def test_a_vocabulary_that_was_resized(tmp_path, monkeypatch):
             hotswap_adapter(model, each, base_weights=weights_of(kind))
             assert not plan_hotswap(model, plain).notes
         assert_equals_fresh_load(model, kind, plain, margin=10)
+    headless = resized(folder, head="Model")  # its output embeddings are None
+    first = save_random_adapter(headless, tmp_path / "headless", 1, target_modules=["q_proj"])
+    assert plan_hotswap(load(headless, first), first).ok

@@ -26,6 +26,7 @@ from hotswap_lab import (
     save_adapter,
     verify_hotswap,
 )
+from hotswap_lab.beyond import shards
 
 
 def _lora(**arguments) -> LoraConfig:
@@ -361,6 +362,35 @@ def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("more", [{}, dict(use_dora=True)])
+def test_what_each_of_several_processes_may_do_alone(tmp_path, more):
+    """Where nothing is spread over them: other values, layers off and on. Other code has hooks of its own there."""
+    old, new, few = save_all(tmp_path, _lora(**more), _lora(**more), _lora(target_modules=["q_proj"], **more))
+    model = load(LLAMA, old, is_trainable=not more)
+    for hook in (lambda *_: None, lambda *_: old):
+        [each.register_load_state_dict_post_hook(hook) for each in model.modules()]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = model if more else DistributedDataParallel(model)
+        for folder in (new, few, new):
+            hotswap_adapter(parallel, folder, "default")
+            assert_same_outputs(model, load(LLAMA, folder), LLAMA, margin=10)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", [_lora(), LOHA[0]])
+def test_a_pytorch_without_processes(tmp_path, monkeypatch, config):
+    old, new = save_all(tmp_path, config, config)
+    model = load(LLAMA, old)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    monkeypatch.setattr(shards, "DTensor", None)
+    hotswap_adapter(model, new)
+    monkeypatch.undo()
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 def test_the_budget_of_adalora_follows(tmp_path):
     configs = (AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
     folders = save_all(tmp_path, *configs)
@@ -422,6 +452,15 @@ def test_mixed_models(tmp_path):
         hotswap_adapter(model, folder, "loha", add_layers=True)
         model.set_adapter("loha")
         assert_same_outputs(model.eval(), load(kind, folder), kind)
+
+
+def test_a_mixed_model_that_saves_a_module(tmp_path):
+    """PEFT puts no layer around that."""
+    kind = KINDS["linear"]
+    one, more = save_all(tmp_path, *(LoHaConfig(r=4, target_modules=each) for each in (["first"], ["last"])), kind=kind)
+    model = PeftMixedModel(kind.base(), LoraConfig(target_modules=["first"], modules_to_save=["last"]), "lora")
+    model.load_adapter(one, "loha")
+    _refused(model, more, "a ModulesToSaveWrapper that stays there", "loha", add_layers=True)
 
 
 def _older_mixtral(folder, seed: int, rank: int) -> str:
