@@ -181,9 +181,8 @@ class _Comparison:
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
-        children = [{name for name, child in each._modules.items() if child is not None} for each in (live, fresh)]
         # another layer may have the same class and the same weights, so the twin's record decides
-        if children[0] != children[1] or self.live_of.get(id(fresh)) is not live:
+        if live._modules.keys() != fresh._modules.keys() or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
             return
         for name, child in fresh._modules.items():
@@ -307,7 +306,7 @@ class _Comparison:
                 self._part(live._modules, attribute, value, f"{path}: {attribute}")
         for table in ("_parameters", "_buffers"):
             for key, value in fresh.__dict__[table].items():
-                if value is not None and (own or id(value) not in self.live_of):
+                if value is not None:
                     self._part(live.__dict__[table], key, value, path)
         if not own:
             self._presence(live, fresh, path)
@@ -341,7 +340,7 @@ class _Comparison:
         elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
         elif isinstance(value, COMPARED) and not self._are_equal(present, value):
-            if not own and any(not is_wrapper(live) or wrappers.has_adapter(live, other) for other in self.others):
+            if not own and any(wrappers.has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)

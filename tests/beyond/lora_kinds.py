@@ -100,7 +100,7 @@ TOKENS = dict(trainable_token_indices=[1, 2, 3]), dict(r=8, trainable_token_indi
 FAMILIES: dict[str, tuple[str, list[LoraConfig]]] = {
     "DoRA": ("llama", [*_pair(use_dora=True), _lora(), _lora(use_dora=True, target_modules=["q_proj"])]),
     "DoRA on convolutions": ("conv", [LoraConfig(use_dora=dora, **DORA_CONVOLUTIONS) for dora in (True, False)]),
-    "lora_bias": ("bert", [_bert(lora_bias=True), _bert(r=8, lora_bias=True), _bert(use_dora=True), _bert()]),
+    "lora_bias": ("bert", [_bert(lora_bias=True), _bert(r=8, lora_bias=True), _bert()]),
     "bias": (
         "bert",
         [_bert(bias="all"), _bert(r=2, bias="lora_only"), _bert(r=8, bias="all", target_modules=["value"])],

@@ -16,6 +16,7 @@ from models import KINDS, Kind, call, load
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from partial import some_of
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from refusals import refused
 
 from hotswap_lab import Adapter, commit, hotswap_adapter, plan_hotswap
@@ -192,22 +193,22 @@ def test_a_saved_module_that_has_changed(tmp_path):
     assert_same_outputs(model, load(kind, new), kind)
 
 
-class Strange(torch.nn.Module):
-    """What a user's own table may have PEFT put in place of a module, though it is none of PEFT's layers."""
+class Instead(torch.nn.Module):
+    """None of PEFT's layers."""
 
     def __init__(self, target, *_, **__):
         super().__init__()
         self.weight, self.bias = target.weight, target.bias
 
 
-class StrangeToo(Strange):
-    def __init__(self, target, *_, **__):
-        super().__init__(target)
-        self.more = torch.nn.Linear(2, 2)
+class Adding(LoraLinear):
+    def __init__(self, target, *arguments, **named):
+        target.more = torch.nn.Linear(2, 2)
+        super().__init__(target, *arguments, **named)
 
 
-@pytest.mark.parametrize("cls", [Strange, StrangeToo])
-def test_what_is_put_in_place_of_a_module_of_the_base(tmp_path, cls):
+@pytest.mark.parametrize("cls", [Instead, Adding])
+def test_layers_of_the_users_own_that_change_the_base_model(tmp_path, cls):
     first, new = save_all(tmp_path, *[LoraConfig(target_modules=["first"], modules_to_save=["last"])] * 2, kind=LINEAR)
     adapter = Adapter.load(new)
     adapter.config.target_modules = {"first", "blocks.0"}

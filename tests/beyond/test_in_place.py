@@ -91,12 +91,14 @@ def test_injected_adapters(method_folders):
 
 
 def test_names_of_a_state_dict(method_folders):
-    """They have the adapter's name in them, at the end or before it; each may come under both of its names."""
+    """They end with the adapter's name. A tensor may come under both of its names, with one value."""
     first, second, _ = method_folders("LoHa")
     named = {key: each for key, each in load(LLAMA, first).state_dict().items() if ".hada_" in key}
     for tensors in (named, named | Adapter.load(first).tensors):
         hotswap_adapter_from_state_dict(model := load(LLAMA, second), tensors, "default", Adapter.load(first).config)
         assert_equals_fresh_load(model, LLAMA, first, margin=10)
+    tensors, match = named | Adapter.load(second).tensors, "two different values"
+    refused(match, hotswap_adapter_from_state_dict, model, tensors, "default", Adapter.load(first).config)
 
 
 def test_tensors_that_the_user_replaces(tmp_path):

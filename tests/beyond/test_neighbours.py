@@ -236,6 +236,7 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
         (_lora(), _lora(r=2, target_modules=["q_proj"])),
         (_lora(), _lora(modules_to_save=["lm_head"])),
         (_lora(use_dora=True), _lora(target_modules=["q_proj"])),
+        (_lora(use_dora=True), _lora(lora_bias=True)),  # as many tensors in a layer, and other ones
         (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])),
     ],
 )
