@@ -123,18 +123,18 @@ def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
 class _Comparison:
     """The walk over both trees, and what it knows by then of each object, by its ``id()``.
 
-    Three tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
-    already. If its would-be counterpart is in ``taken``, that one is another object's. If it is in ``new``, the live
-    model gets a copy of it, the same copy in each place. Say the fresh load has one ``W`` for an embedding and the
-    head, as ``ensure_weight_tying`` makes it, and the live model has ``A`` and ``B``, one for each:
+    Two tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
+    already. If its would-be counterpart is in ``taken``, that one is another object's, and the live model gets a copy,
+    the same in each place. Say the fresh load has one ``W`` for an embedding and the head, as ``ensure_weight_tying``
+    makes it, and the live model has ``A`` and ``B``, one for each:
 
     1. At the embedding, ``W`` is met for the first time: ``A`` gets its values, ``live_of[W] = A``, ``A`` is taken.
     2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` replaces it.
 
     On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
     values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
-    taken, so ``W`` is new, and the head gets a copy of it (``tests/beyond/test_memory.py``,
-    ``test_pairs_on_a_tied_base``, from "saved, tied" to "saved").
+    taken, so the head gets a copy of ``W`` (``tests/beyond/test_memory.py``, ``test_pairs_on_a_tied_base``, from
+    "saved, tied" to "saved").
 
     The keys are ids since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
     :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
@@ -150,7 +150,7 @@ class _Comparison:
         self.live_of: dict[FreshId, object] = dict(fresh.twin.live_of)
         #: live objects that have a counterpart already, since some methods share modules between layers
         self.taken: set[LiveId] = set()
-        #: the fresh load's objects that the live model gets a copy of
+        #: the fresh load's wrappers that the live model gets a copy of
         self.new: set[FreshId] = set()
         self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
@@ -384,7 +384,7 @@ class _Comparison:
             elif isinstance(live, EvalFreeDropout):
                 if live.p != (p := getattr(fresh, "p", 0.0)):
                     self.graft.steps.append(lambda journal: journal.set_attribute(live, "p", p))
-            elif id(fresh) in self.new or id(live) in self.taken:
+            elif id(live) in self.taken:
                 self._put_new(table, key, fresh, path)
             elif isinstance(fresh, torch.Tensor):
                 self._tensor(table, key, live, fresh, path)
@@ -454,7 +454,6 @@ class _Comparison:
     # ---- recording differences
 
     def _put_new(self, table: Table, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
-        self.new.add(id(fresh))
         for module in wrappers.own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
             module.training = self.training
         self._put(table, key, fresh, path)

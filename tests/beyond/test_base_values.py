@@ -161,7 +161,7 @@ def test_a_base_weight_of_another_shape(tmp_path):
 
 
 class Odd(torch.nn.Module):
-    """What few models have: a whole number that is saved, weights that are empty, elsewhere or packed, a module None."""
+    """What few models have: a saved counter, weights that are empty, elsewhere or packed, and a module that is None."""
 
     def __init__(self):
         super().__init__()
@@ -184,8 +184,8 @@ def test_odd_base_weights(tmp_path):
     assert torch.equal(model.get_base_model().packed.a, torch.ones(2))
     for rows in (1, 2):
         pool = AdapterPool(load(kind, changed), adapters={"a": first}, rows=rows, progress=False, base_weights=weights)
-        pool.swap("a") if rows == 1 else pool.assign(["a", "a"])
-        assert_same_outputs(pool.model, load(kind, first), kind)
+        pool.swap("a") if rows == 1 else pool.assign(["a", None])
+        torch.testing.assert_close(call(pool.model, kind.inputs())[0], call(load(kind, first), kind.inputs())[0])
     model = load(kind, first)
     model.load_adapter(second, "other")  # nothing has to be written to the base of both
     hotswap_adapter(model, second, "default", base_weights=weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_buffers_that_are_not_saved(tmp_path):
     model = _two(LLAMA, first, other)
     hotswap_adapter(model, new, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
+@pytest.mark.skipif("Lily" not in CONFIGS, reason="this version of PEFT has no Lily")
+def test_what_layers_share_where_at_first_only_another_adapter_is(tmp_path):
+    """The first of them gets what the second has, which stays the same object."""
+    everywhere = CONFIGS["Lily"][0]
+    one_layer = dataclasses.replace(everywhere, layers_to_transform=[1])
+    model = _two(LLAMA, *save_all(tmp_path, one_layer, everywhere))
+    (new,), before = save_all(tmp_path, everywhere), dict(model.named_parameters(remove_duplicate=False))
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert [name for name in before if after[name] is not before[name]] == []
 
 
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
