@@ -298,9 +298,9 @@ class _Comparison:
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
-            if not own and wrappers.is_table(value) and wrappers.is_table(present):
+            if not own and wrappers.is_table(present):
                 self._table(live, attribute, value, f"{path}: {attribute}")
-            elif not own and is_wrapper(value) and is_wrapper(present):
+            elif is_wrapper(present):
                 self._pair(present, value, path)
             else:
                 self._part(live._modules, attribute, value, f"{path}: {attribute}")
