@@ -25,6 +25,7 @@ import torch
 from lengths import eventually
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from peft import OFTConfig, get_peft_model
 from refusals import refused
 
 from hotswap_lab import (
@@ -210,6 +211,16 @@ def test_a_swap_during_a_forward_that_changes_what_it_is_planned_by(tmp_path, op
         for each in (computing, swap):
             each.result(30)
     assert_equals_fresh_load(model, kind, new, margin=10)
+
+
+def test_a_plan_waits_for_a_forward_that_writes_to_weights(tmp_path):
+    """As that of OFT with ``coft`` does."""
+    config = OFTConfig(oft_block_size=4, coft=True, target_modules=["first"])
+    model = get_peft_model(KIND.base(), config)
+    model.save_pretrained(tmp_path)
+    with reading(model), waiting_at_most(MOMENT), pytest.raises(ModelInUseError):
+        plan_hotswap(model, str(tmp_path))
+    assert plan_hotswap(model, str(tmp_path)).ok
 
 
 @pytest.mark.parametrize(("old", "new"), [({}, dict(use_dora=True)), (dict(target_modules=["first"]), dict(r=4))])

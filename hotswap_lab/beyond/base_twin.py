@@ -72,12 +72,12 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            made.live_of |= {id(each): each for each in module._buffers.values() if each is not None}
+            made.live_of |= {id(each): each for each in module._buffers.values()}
         return made.twin_of[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         if id(parameter) not in twin_of_tensor:
-            if type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor:
+            if type(parameter) is torch.nn.Parameter:
                 twin = torch.nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
                 made.parameters.append(twin)
             else:

@@ -148,7 +148,7 @@ def change_from_graft(plan: FreshPlan) -> Change:
     written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
     change.steps += [functools.partial(clear_gradients, written), *graft.steps]
     change.steps.append(functools.partial(_note, plan, originals))
-    if stays and slot.room is not None:
+    if slot.room is not None:  # nothing else is written there
         change.steps.append(functools.partial(slot.room.note_swap, plan.config))
     return change
 

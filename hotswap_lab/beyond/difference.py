@@ -123,18 +123,18 @@ def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
 class _Comparison:
     """The walk over both trees, and what it knows by then of each object, by its ``id()``.
 
-    Three tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
-    already. If its would-be counterpart is in ``taken``, that one is another object's. If it is in ``new``, the live
-    model gets a copy of it, the same copy in each place. Say the fresh load has one ``W`` for an embedding and the
-    head, as ``ensure_weight_tying`` makes it, and the live model has ``A`` and ``B``, one for each:
+    Two tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
+    already. If its would-be counterpart is in ``taken``, that one is another object's, and the live model gets a copy,
+    the same in each place. Say the fresh load has one ``W`` for an embedding and the head, as ``ensure_weight_tying``
+    makes it, and the live model has ``A`` and ``B``, one for each:
 
     1. At the embedding, ``W`` is met for the first time: ``A`` gets its values, ``live_of[W] = A``, ``A`` is taken.
     2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` replaces it.
 
     On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
     values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
-    taken, so ``W`` is new, and the head gets a copy of it (``tests/beyond/test_memory.py``,
-    ``test_pairs_on_a_tied_base``, from "saved, tied" to "saved").
+    taken, so the head gets a copy of ``W`` (``tests/beyond/test_memory.py``, ``test_pairs_on_a_tied_base``, from
+    "saved, tied" to "saved").
 
     The keys are ids since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
     :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
@@ -150,7 +150,7 @@ class _Comparison:
         self.live_of: dict[FreshId, object] = dict(fresh.twin.live_of)
         #: live objects that have a counterpart already, since some methods share modules between layers
         self.taken: set[LiveId] = set()
-        #: the fresh load's objects that the live model gets a copy of
+        #: the fresh load's wrappers that the live model gets a copy of
         self.new: set[FreshId] = set()
         self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
         self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
@@ -181,9 +181,8 @@ class _Comparison:
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
-        children = [{name for name, child in each._modules.items() if child is not None} for each in (live, fresh)]
         # another layer may have the same class and the same weights, so the twin's record decides
-        if children[0] != children[1] or self.live_of.get(id(fresh)) is not live:
+        if live._modules.keys() != fresh._modules.keys() or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
             return
         for name, child in fresh._modules.items():
@@ -299,15 +298,15 @@ class _Comparison:
             present = live._modules.get(attribute)
             if value is None or (not own and (attribute == skipped or id(value) in self.live_of)):
                 continue
-            if not own and wrappers.is_table(value) and wrappers.is_table(present):
+            if not own and wrappers.is_table(present):
                 self._table(live, attribute, value, f"{path}: {attribute}")
-            elif not own and is_wrapper(value) and is_wrapper(present):
+            elif is_wrapper(present):
                 self._pair(present, value, path)
             else:
                 self._part(live._modules, attribute, value, f"{path}: {attribute}")
         for table in ("_parameters", "_buffers"):
             for key, value in fresh.__dict__[table].items():
-                if value is not None and (own or id(value) not in self.live_of):
+                if value is not None:
                     self._part(live.__dict__[table], key, value, path)
         if not own:
             self._presence(live, fresh, path)
@@ -341,7 +340,7 @@ class _Comparison:
         elif attribute == BUDGET or (present is MISSING and isinstance(value, COMPARED)):
             self._put(live.__dict__, attribute, value, where)
         elif isinstance(value, COMPARED) and not self._are_equal(present, value):
-            if not own and any(not is_wrapper(live) or wrappers.has_adapter(live, other) for other in self.others):
+            if not own and any(wrappers.has_adapter(live, other) for other in self.others):
                 self._refuse(path, f"{attribute}={present!r}, which other adapters there use, and {value!r} wanted")
             else:
                 self._put(live.__dict__, attribute, value, where)
@@ -385,7 +384,7 @@ class _Comparison:
             elif isinstance(live, EvalFreeDropout):
                 if live.p != (p := getattr(fresh, "p", 0.0)):
                     self.graft.steps.append(lambda journal: journal.set_attribute(live, "p", p))
-            elif id(fresh) in self.new or id(live) in self.taken:
+            elif id(live) in self.taken:
                 self._put_new(table, key, fresh, path)
             elif isinstance(fresh, torch.Tensor):
                 self._tensor(table, key, live, fresh, path)
@@ -455,7 +454,6 @@ class _Comparison:
     # ---- recording differences
 
     def _put_new(self, table: Table, key: str, fresh: torch.nn.Module | torch.Tensor, path: str) -> None:
-        self.new.add(id(fresh))
         for module in wrappers.own_modules(fresh) if isinstance(fresh, torch.nn.Module) else ():
             module.training = self.training
         self._put(table, key, fresh, path)

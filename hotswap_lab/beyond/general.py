@@ -34,7 +34,7 @@ class General(Beyond):
         if not isinstance(layer, BaseTunerLayer):
             return None
         tables = [(name, attrgetter(name)(layer)) for name in layer.adapter_layer_names]
-        found = [(name, table) for name, table in tables if hasattr(table, "keys") and adapter_name in table]
+        found = [(name, table) for name, table in tables if adapter_name in table]
         tensors = []
         is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
         for name, table in found:

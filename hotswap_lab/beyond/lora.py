@@ -61,7 +61,7 @@ class GroupedTensor(SlotTensor):
 def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor]) -> list[SlotTensor]:
     """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
     step = getattr(layer.get_base_layer(), "groups", 1)
-    if step > 1 and adapter_name in layer._modules.get("lora_A", ()):
+    if step > 1:
         tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]

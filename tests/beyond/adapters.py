@@ -68,7 +68,7 @@ CONFIGS: dict[str, list[PeftConfig]] = {
     ),
     "PVeRA": _both("Pvera", dict(r=4), dict(r=8, projection_prng_key=7)),
     "AdaLoRA": _both(
-        "AdaLora", dict(init_r=4, target_r=2, total_step=10), dict(init_r=6, target_r=2, total_step=10, lora_alpha=4)
+        "AdaLora", dict(init_r=4, target_r=2, total_step=10), dict(init_r=9, target_r=2, total_step=10, lora_alpha=4)
     ),
     "FourierFT": _both(
         "FourierFT", dict(n_frequency=20, scaling=20.0), dict(n_frequency=30, scaling=10.0, random_loc_seed=3)

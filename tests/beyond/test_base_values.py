@@ -12,8 +12,10 @@ from lengths import few_of
 from lora_kinds import MODELS
 from models import ARCHITECTURES, Kind, call, llama, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel
 from refusals import refused
+from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hotswap_lab import (
     Adapter,
@@ -122,7 +124,7 @@ def test_any_base_weight_that_peft_overwrote_comes_back(tmp_path, monkeypatch, c
     assert verify_hotswap(model, others[0], base=kind.base)
     seen = []
     monkeypatch.setattr(base_values, "have_same_values", lambda *values: seen.append(values))
-    hotswap_adapter(model, others[1], base_weights=weights)
+    hotswap_adapter(model, others[1], base_weights={"no.such.weight": weights.popitem()[1]})
     assert not seen
     assert_equals_fresh_load(model, kind, others[1], margin=10, prepared=is_prepared)
 
@@ -139,6 +141,57 @@ def test_a_chain_of_adapters_that_all_have_base_weights(tmp_path):
         assert verify_hotswap(model, folder, base=LLAMA.base)
 
 
+def test_base_weights_that_are_passed_when_the_targets_are_known(tmp_path):
+    """An adapter with the same config then needs no load of PEFT, but here the base model has to change, too."""
+    first, second, third = save_all(tmp_path, *[LoHaConfig(r=4, target_modules=["q_proj"])] * 3)
+    model = load(LLAMA, with_base_weights(first, tmp_path / "changed", LLAMA, "model.norm.weight"))
+    hotswap_adapter(model, second)
+    hotswap_adapter(model, third, base_weights=weights_of(LLAMA))
+    assert_equals_fresh_load(model, LLAMA, third, margin=10)
+
+
+def test_a_base_weight_of_another_shape(tmp_path):
+    """A single value would be written to all of the weight's."""
+    first, second = save_family(LLAMA, tmp_path, dict(r=4), dict(r=4))
+    tensors = load_file(file := f"{second}/adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.model.norm.weight": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load(LLAMA, second)
+    refused("unexpected keys found", hotswap_adapter, load(LLAMA, first), second)
+
+
+class Odd(torch.nn.Module):
+    """What few models have: a saved counter, weights that are empty, elsewhere or packed, and a module that is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(12, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 6)
+        self.empty, self.elsewhere = (torch.nn.Parameter(torch.empty(2 * n, device=("cpu", "meta")[n])) for n in (0, 1))
+        self.packed = torch.nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+        self.register_module("none", None)
+        self.register_buffer("unused", torch.empty(2, device="meta"))
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def test_odd_base_weights(tmp_path):
+    kind = Kind(Odd, lambda: torch.randn(2, 12), ("first", "last"))
+    changed, first, second = family(tmp_path, kind, "norm.weight")
+    weights = weights_of(kind) | {"elsewhere": torch.ones(2), "packed": torch.zeros(2)}
+    hotswap_adapter(model := load(kind, changed), first, base_weights=weights)
+    assert_same_outputs(model, load(kind, first), kind)
+    assert torch.equal(model.get_base_model().packed.a, torch.ones(2))
+    for rows in (1, 2):
+        pool = AdapterPool(load(kind, changed), adapters={"a": first}, rows=rows, progress=False, base_weights=weights)
+        pool.swap("a") if rows == 1 else pool.assign(["a", None])
+        torch.testing.assert_close(call(pool.model, kind.inputs())[0], call(load(kind, first), kind.inputs())[0])
+    model = load(kind, first)
+    model.load_adapter(second, "other")  # nothing has to be written to the base of both
+    hotswap_adapter(model, second, "default", base_weights=weights)
+    assert_same_outputs(model, load(kind, second), kind)
+
+
 @pytest.mark.parametrize("damage", ["own memory", "other names", "other shape", "no values"])
 def test_weights_that_are_not_the_originals(tmp_path, damage):
     """The state dict of the model itself has the overwritten values; one of another wrapper has other names."""
@@ -150,7 +203,7 @@ def test_weights_that_are_not_the_originals(tmp_path, damage):
     if damage == "other shape":
         weights = weights_of(LLAMA) | {"lm_head.weight": torch.ones(45, 16)}
     if damage == "no values":
-        weights = {key: value.to("meta") for key, value in weights.items()}
+        weights = {key: value.to("meta") for key, value in weights_of(LLAMA).items()}
     model = PeftModel.from_pretrained(base, first).eval()
     refused("does not fit the base model", hotswap_adapter, model, plain, base_weights=weights)
     assert not plan_hotswap(model, plain, base_weights=weights).ok
@@ -198,11 +251,11 @@ def test_a_pool_on_embeddings_that_nothing_has_overwritten(tmp_path):
             assert_same_outputs(pool.model, load(LLAMA, folder), LLAMA, margin=10)
 
 
-def resized(name: str) -> Kind:
+def resized(name: str, **more: str) -> Kind:
     """A model that its user gave five more tokens; ``name``: where it came from."""
 
     def make():
-        model = llama(vocab_size=45)
+        model = llama(vocab_size=45, **more)
         model.name_or_path = name
         return model
 
@@ -230,5 +283,10 @@ def test_a_vocabulary_that_was_resized(tmp_path, monkeypatch):
                 hotswap_adapter(model, each)
         assert len([each for each in caught if "pass base_weights=" in str(each.message)]) == is_told
         assert "the base model's lm_head.weight" in str(verify_hotswap(model, plain, base=kind.base))
-        hotswap_adapter(model, plain, base_weights=weights_of(kind))
+        for each in (changed, plain):
+            hotswap_adapter(model, each, base_weights=weights_of(kind))
+            assert not plan_hotswap(model, plain).notes
         assert_equals_fresh_load(model, kind, plain, margin=10)
+    headless = resized(folder, head="Model")  # its output embeddings are None
+    first = save_random_adapter(headless, tmp_path / "headless", 1, target_modules=["q_proj"])
+    assert plan_hotswap(load(headless, first), first).ok

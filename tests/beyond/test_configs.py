@@ -90,6 +90,13 @@ def test_the_heads_that_peft_adds_to_a_config_for_a_task(tmp_path, kind, task):
         assert_equals_fresh_load(pool.model, kind, new, prepared=True)
 
 
+@pytest.mark.parametrize("megatron_config", [None, {"a": 1}])
+@pytest.mark.parametrize("megatron_core", ["megatron.core", "os"])
+def test_only_megatron_is_imported(megatron_config, megatron_core):
+    config = LoraConfig(megatron_config=megatron_config, megatron_core=megatron_core)
+    assert len([*judge(config, "new")]) == (megatron_config is not None and megatron_core == "os")
+
+
 @pytest.mark.parametrize("role", ["new", "loaded"])
 def test_x_lora_can_never_be_swapped(role):
     (refusal,) = judge(XLoraConfig(hidden_size=2, adapters={}), role)

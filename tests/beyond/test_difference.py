@@ -16,9 +16,10 @@ from models import KINDS, Kind, call, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs
 from partial import some_of
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from refusals import refused
 
-from hotswap_lab import commit, hotswap_adapter, plan_hotswap
+from hotswap_lab import Adapter, commit, hotswap_adapter, plan_hotswap
 from hotswap_lab.core.wrappers import NOT_COMPARED
 
 #: of these, an adapter on few layers, and one that needs more of them, or a module of its own
@@ -180,6 +181,54 @@ def test_state_of_no_adapter_stays_and_is_no_difference(tmp_path, attribute):
     assert plan.graft.writes_values_only
     commit(plan)
     assert all(vars(each)[attribute] is value for each, value in before)
+
+
+class Remembering(torch.nn.Module):
+    """It computes twice with one layer, and keeps what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = torch.nn.Linear(12, 12)
+        self.by_name = self.in_order = None
+
+    def forward(self, x):
+        self.by_name, self.in_order = {"x": x}, [x]
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_saved_module_that_has_changed(tmp_path):
+    """What it has seen is no more, and what it shares is shared again."""
+    kind = Kind(lambda: torch.nn.Sequential(Remembering(), torch.nn.Linear(12, 6)), lambda: torch.randn(5, 12), ())
+    old, new = save_all(tmp_path, *[LoraConfig(target_modules=["1"], modules_to_save=["0"])] * 2, kind=kind)
+    call(model := load(kind, old), kind.inputs())
+    saved = model.get_base_model()[0].modules_to_save["default"]
+    saved.second = copy.deepcopy(saved.first)
+    hotswap_adapter(model, new)
+    assert saved.by_name is saved.in_order is None
+    assert_same_outputs(model, load(kind, new), kind)
+
+
+class Instead(torch.nn.Module):
+    """None of PEFT's layers."""
+
+    def __init__(self, target, *_, **__):
+        super().__init__()
+        self.weight, self.bias = target.weight, target.bias
+
+
+class Adding(LoraLinear):
+    def __init__(self, target, *arguments, **named):
+        target.more = torch.nn.Linear(2, 2)
+        super().__init__(target, *arguments, **named)
+
+
+@pytest.mark.parametrize("cls", [Instead, Adding])
+def test_layers_of_the_users_own_that_change_the_base_model(tmp_path, cls):
+    first, new = save_all(tmp_path, *[LoraConfig(target_modules=["first"], modules_to_save=["last"])] * 2, kind=LINEAR)
+    adapter = Adapter.load(new)
+    adapter.config.target_modules = {"first", "blocks.0"}
+    adapter.config._register_custom_module({torch.nn.Linear: cls})
+    refused("other modules of the base model there", hotswap_adapter, load(LINEAR, first), adapter, add_layers=True)
 
 
 def test_arguments_of_layers_stay_where_one_has_the_name_of_the_adapter(tmp_path):

@@ -69,6 +69,8 @@ FAMILY = {
     "one too": dict(r=1, lora_alpha=3, target_modules=ALL),
     "dora": dict(r=4, use_dora=True, target_modules=ALL),
     "dora on fewer": dict(r=4, use_dora=True, target_modules=["q_proj", "o_proj"]),
+    "biased": dict(r=4, lora_bias=True, target_modules=ALL),
+    "biased too": dict(r=4, lora_alpha=3, lora_bias=True, target_modules=ALL),
     "fewer": dict(r=4, lora_alpha=24, target_modules=["q_proj", "o_proj", "up_proj"]),
 }
 ANY_RANK = ("same", "grown", "odd", "one", "fewer", "first")
@@ -336,6 +338,7 @@ SWAPS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "FSDP of the layers alone": (fsdp_layers, "first", ("same", "first")),
     "FSDP of a rank that can't be shared evenly": (shard_fully, "odd", ("odd too",)),
     "FSDP of a rank of which a process has nothing": (shard_fully, "one", ("one too",)),
+    "FSDP of weights and biases": (shard_fully, "biased", ("biased too",)),
     "FSDP of the base layers alone": (fsdp_base_layers, "first", ANY_RANK),
     "tensor parallelism of PyTorch": (parallel, "first", (*ANY_RANK, "grown", "first")),
     "tensor parallelism of transformers": (parallel_by_transformers, "first", ANY_RANK),

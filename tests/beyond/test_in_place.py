@@ -16,7 +16,15 @@ from peft.utils import set_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
 
-from hotswap_lab import AdapterPool, RecompileWatch, hotswap_adapter, plan_hotswap, prepare_model_for_compiled_hotswap
+from hotswap_lab import (
+    Adapter,
+    AdapterPool,
+    RecompileWatch,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    plan_hotswap,
+    prepare_model_for_compiled_hotswap,
+)
 
 HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
 
@@ -64,7 +72,7 @@ def test_a_plan_says_the_ranks_of_other_methods(method_folders):
 
 def test_injected_adapters(method_folders):
     """Without a PeftModel: in the model itself, as transformers' and diffusers' own loading leaves it."""
-    first, second, _ = method_folders("LoHa")
+    first, second, few = method_folders("LoHa")
 
     def inject(folder: str):
         model = LLAMA.base()
@@ -74,11 +82,40 @@ def test_injected_adapters(method_folders):
         set_peft_model_state_dict(model, tensors, "default")
         return model.eval()
 
-    model = inject(first)
+    model = inject(few)
+    hotswap_adapter(model, first, "default", add_layers=True)
     hotswap_adapter(model, second, "default")
     assert_same_outputs(model, load(LLAMA, second), LLAMA)
     assert_same_outputs(model, inject(second), LLAMA)
     assert model.peft_config["default"].r == 6
+
+
+def test_names_of_a_state_dict(method_folders):
+    """They end with the adapter's name. A tensor may come under both of its names, with one value."""
+    first, second, _ = method_folders("LoHa")
+    named = {key: each for key, each in load(LLAMA, first).state_dict().items() if ".hada_" in key}
+    for tensors in (named, named | Adapter.load(first).tensors):
+        hotswap_adapter_from_state_dict(model := load(LLAMA, second), tensors, "default", Adapter.load(first).config)
+        assert_equals_fresh_load(model, LLAMA, first, margin=10)
+    tensors, match = named | Adapter.load(second).tensors, "two different values"
+    refused(match, hotswap_adapter_from_state_dict, model, tensors, "default", Adapter.load(first).config)
+
+
+def test_tensors_that_the_user_replaces(tmp_path):
+    """Where a swap has found them, they are no more."""
+    first, second, third = save_all(tmp_path, *[LoHaConfig(r=4, target_modules=ATTENTION)] * 3)
+    hotswap_adapter(model := load(LLAMA, first), second)
+    for table in (each for each in model.modules() if isinstance(each, torch.nn.ParameterDict)):
+        table.update({key: torch.nn.Parameter(each.detach().clone(), False) for key, each in table.items()})
+    hotswap_adapter(model, third)
+    assert_equals_fresh_load(model, LLAMA, third, margin=10)
+
+
+def test_layers_that_the_config_does_not_name(method_folders):
+    """PEFT then takes those that it knows for the model, and leaves the tensors of all others where they are."""
+    first, second, _ = method_folders("LoHa")
+    (adapter := Adapter.load(second)).config.target_modules = None
+    refused("tensors that a fresh load would ignore", hotswap_adapter, load(LLAMA, first), adapter)
 
 
 @pytest.mark.parametrize("more", [dict(modules_to_save=["embed_tokens"]), dict(trainable_token_indices=[1, 2])])

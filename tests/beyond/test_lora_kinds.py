@@ -9,10 +9,10 @@ import pytest
 import torch
 from adapters import save_all
 from lengths import few_of, long
-from lora_kinds import ATTENTION, LLAMA, MODELS, variant
+from lora_kinds import ATTENTION, FAMILIES, LLAMA, MODELS, variant
 from models import Kind, call, load
-from oracle import assert_equals_fresh_load
-from peft import LoraConfig
+from oracle import assert_equals_fresh_load, assert_same_outputs
+from peft import LoraConfig, PromptTuningConfig
 from refusals import refused
 
 from hotswap_lab import hotswap_adapter, verify_hotswap
@@ -60,18 +60,22 @@ class Unordered(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.last = torch.nn.Linear(12, 12)
         for number in (1, 2):
             setattr(self, f"weight{number}", torch.nn.Parameter(torch.randn(12, 12)))
 
     def forward(self, x):
-        return torch.tanh(x @ self.weight1) @ self.weight2
+        return self.last(torch.tanh(x @ self.weight1) @ self.weight2)
 
 
 def test_parameters_whose_order_nobody_knows_are_refused(tmp_path):
     kind = Kind(lambda: torch.nn.Sequential(Unordered()), lambda: torch.randn(5, 12), ())
     names = ["0.weight1", "0.weight2"]
-    configs = [LoraConfig(r=rank, target_parameters=names[:rank], target_modules=[]) for rank in (1, 2)]
-    first, both = save_all(tmp_path, *configs, kind=kind)
+    configs = [LoraConfig(r=rank, target_parameters=names[:rank], target_modules=[]) for rank in (1, 1, 2)]
+    first, one, both, none = save_all(tmp_path, *configs, LoraConfig(target_modules=["last"]), kind=kind)
+    for folder in (one, none):  # there is no order of less than two
+        hotswap_adapter(model := load(kind, first), folder, add_layers=True)
+        assert_equals_fresh_load(model, kind, folder, margin=10)
     match = "an order of parameters that the base model may have lost"
     refused(match, hotswap_adapter, load(kind, first), both, "default", add_layers=True)
 
@@ -128,21 +132,23 @@ def test_other_layers_of_the_base_are_refused(tmp_path, old, new):
 
 @pytest.mark.parametrize("name", few_of(REPLICATIONS, ("two ends", "unsaid")))
 def test_the_same_layers_of_the_base(tmp_path, name):
-    """Also where the live config has tuples, as somebody writes them, and the file lists."""
-    new = _replicated(tmp_path, name, r=6)
-    for ranges in (REPLICATIONS[name], REPLICATIONS[name] and tuple(map(tuple, REPLICATIONS[name]))):
+    """Also where the live config has tuples, as somebody writes them, and the file lists; or nothing, and none."""
+    new = _replicated(tmp_path, name, r=6, modules_to_save=["lm_head"])
+    for ranges in (REPLICATIONS[name], tuple(map(tuple, REPLICATIONS[name] or ()))):
         model = load(LLAMA, _replicated(tmp_path, name))
         model.peft_config["default"].layer_replication = ranges
         hotswap_adapter(model, new, "default")
         assert_equals_fresh_load(model, LLAMA, new, margin=10)
 
 
+PROMPTS = [PromptTuningConfig(task_type=task, num_virtual_tokens=4) for task in ("CAUSAL_LM", "FEATURE_EXTRACTION")]
 KASA = variant("KasaConfig")
 #: the loaded adapter, the new one, and why it is refused
 REFUSED = {
     "layers unasked for": (dict(target_modules=["q_proj"], use_dora=True), {}, "add_layers=True"),
     # aLoRA, like prompts, works by the class that PEFT puts around the model for a task
     "another task": ({}, dict(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "for another task than the model"),
+    "prompts for another task": (*PROMPTS, "for another task than the model"),
     "to KaSA": ({}, dict(kasa_config=KASA), "changes the base model's own weights"),
     "from KaSA": (dict(kasa_config=KASA), {}, "changes the base model's own weights"),
 }
@@ -151,5 +157,18 @@ REFUSED = {
 @pytest.mark.parametrize("what", [name for name in REFUSED if KASA is not None or "KaSA" not in name])
 def test_what_is_refused(tmp_path, what):
     *configs, match = REFUSED[what]
-    old, new = save_all(tmp_path, *(LoraConfig(**{"r": 4, "target_modules": ATTENTION, **each}) for each in configs))
+    plain = {"r": 4, "target_modules": ATTENTION}
+    configs = [LoraConfig(**plain | each) if isinstance(each, dict) else each for each in configs]
+    old, new = save_all(tmp_path, *configs)
     refused(match, hotswap_adapter, load(LLAMA, old), new, "default")
+
+
+def test_a_task_that_changes_nothing(tmp_path):
+    """PEFT has another class for it, which computes the same here; so does a tuner alone, whatever the task was."""
+    kind, head = MODELS["invoked"], dict(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
+    plain, task = save_all(tmp_path, LoraConfig(**head), LoraConfig(**head, task_type="CAUSAL_LM"))
+    hotswap_adapter(model := load(LLAMA, plain), task)
+    assert_same_outputs(model, load(LLAMA, task), LLAMA)
+    first, second = save_all(tmp_path, *FAMILIES["aLoRA"][1][:2])
+    hotswap_adapter((model := load(kind, first)).base_model, second)
+    assert_same_outputs(model, load(kind, second), kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hotswap_lab import (
     save_adapter,
     verify_hotswap,
 )
+from hotswap_lab.beyond import shards
 
 
 def _lora(**arguments) -> LoraConfig:
@@ -62,6 +64,19 @@ def test_buffers_that_are_not_saved(tmp_path):
     model = _two(LLAMA, first, other)
     hotswap_adapter(model, new, "default", add_layers=True)
     assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
+@pytest.mark.skipif("Lily" not in CONFIGS, reason="this version of PEFT has no Lily")
+def test_what_layers_share_where_at_first_only_another_adapter_is(tmp_path):
+    """The first of them gets what the second has, which stays the same object."""
+    everywhere = CONFIGS["Lily"][0]
+    one_layer = dataclasses.replace(everywhere, layers_to_transform=[1])
+    model = _two(LLAMA, *save_all(tmp_path, one_layer, everywhere))
+    (new,), before = save_all(tmp_path, everywhere), dict(model.named_parameters(remove_duplicate=False))
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert [name for name in before if after[name] is not before[name]] == []
 
 
 @pytest.mark.parametrize(("mine", "other", "new"), [(1, 1, 0), (0, 0, 1)])
@@ -124,6 +139,14 @@ def test_embeddings_that_peft_overwrote_at_the_first_load(tmp_path):
     assert_same_outputs(model, load(LLAMA, str(tmp_path / "again")), LLAMA)
 
 
+def test_embeddings_that_only_another_adapter_is_on(tmp_path):
+    """What PEFT has overwritten there is not this one's to give back."""
+    plain, embedded, new = save_all(tmp_path, *EMBEDDED, _lora(use_dora=True))
+    model = _two(LLAMA, plain, embedded)
+    hotswap_adapter(model, new, "default", add_layers=True)
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 @pytest.mark.parametrize("is_prepared", [long(False), True])
 def test_embeddings_that_no_file_has_overwritten(tmp_path, is_prepared):
     """An adapter on embeddings was swapped in, with the base's own weights: nothing is lost when it goes."""
@@ -155,12 +178,15 @@ PROMPT = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL
 RANDLORA = [RandLoraConfig(r=rank, target_modules=ALL) for rank in (4, 4, 8)]
 
 
+MIXTRAL = ARCHITECTURES["mixtral"]
+EXPERTS = _lora(target_parameters=["experts.gate_up_proj"]), _lora(), _lora(target_parameters=["experts.down_proj"])
 QUERY, VALUE = (_lora(target_modules=[module]) for module in ("query", "value"))
 #: the model, its two adapters, the one that is swapped in, and why it is refused
 SHARED = {
     "IA3": (LLAMA, _ia3(["down_proj"]), _ia3(["down_proj"]), _ia3([]), "found: "),
     "RandLora": (LLAMA, *RANDLORA, "found: "),
     "AdaptionPrompt": (LLAMA, *[PROMPT] * 3, "found: "),
+    "a parameter": (MIXTRAL, *EXPERTS, "a ParamWrapper that stays there, where a ParamWrapper would have to be put"),
     "biases": (MODELS["bert"], QUERY, VALUE, _lora(target_modules=["query"], bias="all"), "other adapters use, too"),
 }
 
@@ -175,6 +201,13 @@ def test_what_other_adapters_use_is_not_changed(tmp_path, what):
     expected = call(model, kind.inputs())
     _refused(model, new, match, "y", add_layers=True)
     assert torch.equal(call(model, kind.inputs()), expected)
+
+
+def test_adaption_prompts_that_are_disabled(tmp_path):
+    """PEFT has taken them out of the model."""
+    old, new = save_all(tmp_path, *CONFIGS["AdaptionPrompt"])
+    (model := load(LLAMA, old)).base_model.disable_adapter_layers()
+    _refused(model, new, "can be swapped only while it is in the model")
 
 
 def _merged(model):
@@ -217,6 +250,7 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
         (_lora(), _lora(r=2, target_modules=["q_proj"])),
         (_lora(), _lora(modules_to_save=["lm_head"])),
         (_lora(use_dora=True), _lora(target_modules=["q_proj"])),
+        (_lora(use_dora=True), _lora(lora_bias=True)),  # as many tensors in a layer, and other ones
         (_lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])),
     ],
 )
@@ -343,6 +377,35 @@ def test_models_that_are_trained_in_parallel(tmp_path, loaded, new):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("more", [{}, dict(use_dora=True)])
+def test_what_each_of_several_processes_may_do_alone(tmp_path, more):
+    """Where nothing is spread over them: other values, layers off and on. Other code has hooks of its own there."""
+    old, new, few = save_all(tmp_path, _lora(**more), _lora(**more), _lora(target_modules=["q_proj"], **more))
+    model = load(LLAMA, old, is_trainable=not more)
+    for hook in (lambda *_: None, lambda *_: old):
+        [each.register_load_state_dict_post_hook(hook) for each in model.modules()]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = model if more else DistributedDataParallel(model)
+        for folder in (new, few, new):
+            hotswap_adapter(parallel, folder, "default")
+            assert_same_outputs(model, load(LLAMA, folder), LLAMA, margin=10)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", [_lora(), LOHA[0]])
+def test_a_pytorch_without_processes(tmp_path, monkeypatch, config):
+    old, new = save_all(tmp_path, config, config)
+    model = load(LLAMA, old)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    monkeypatch.setattr(shards, "DTensor", None)
+    hotswap_adapter(model, new)
+    monkeypatch.undo()
+    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+
+
 def test_the_budget_of_adalora_follows(tmp_path):
     configs = (AdaLoraConfig(init_r=6, target_r=each, total_step=20, target_modules=ALL) for each in (2, 4))
     folders = save_all(tmp_path, *configs)
@@ -404,6 +467,15 @@ def test_mixed_models(tmp_path):
         hotswap_adapter(model, folder, "loha", add_layers=True)
         model.set_adapter("loha")
         assert_same_outputs(model.eval(), load(kind, folder), kind)
+
+
+def test_a_mixed_model_that_saves_a_module(tmp_path):
+    """PEFT puts no layer around that."""
+    kind = KINDS["linear"]
+    one, more = save_all(tmp_path, *(LoHaConfig(r=4, target_modules=each) for each in (["first"], ["last"])), kind=kind)
+    model = PeftMixedModel(kind.base(), LoraConfig(target_modules=["first"], modules_to_save=["last"]), "lora")
+    model.load_adapter(one, "loha")
+    _refused(model, more, "a ModulesToSaveWrapper that stays there", "loha", add_layers=True)
 
 
 def _older_mixtral(folder, seed: int, rank: int) -> str:

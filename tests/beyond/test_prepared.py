@@ -57,7 +57,13 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "trainable tokens": (LLAMA, _lora(["q_proj", "v_proj"], trainable_token_indices=[1, 2, 3])),
     "LoKr": (WIDE, [LoKrConfig(r=rank, alpha=3, target_modules=["first", "last"]) for rank in (2, 3, 1)]),
     # those of CONFIGS differ in their dropout, too, which a graph would notice
-    "LoHa": (LLAMA, [LoHaConfig(r=r, alpha=3 * r - 4, target_modules=of) for r, of in ((4, ALL), (6, ALL), (2, FEW))]),
+    "LoHa": (
+        LLAMA,
+        [
+            LoHaConfig(r=rank, alpha=3 * rank - 4, target_modules=modules, rank_pattern={"q_proj": rank + 1})
+            for rank, modules in ((4, ALL), (6, ALL), (2, FEW))
+        ],
+    ),
     **{name: (LLAMA, CONFIGS[name]) for name in ("HiRA", "AdaLoRA")},
 }
 #: of these, layers that only other members have are not reserved
@@ -99,6 +105,14 @@ def test_higher_ranks_than_prepared_for_are_refused(tmp_path, name):
     refused("can't be done in a prepared model", hotswap_adapter, model, high, "default", add_layers=True)
 
 
+def test_factors_of_other_shapes_are_refused(tmp_path):
+    """No rank makes them fit."""
+    configs = (LoKrConfig(r=rank, target_modules=["first"], decompose_factor=of) for rank, of in ((3, -1), (2, 4)))
+    old, new = save_all(tmp_path, *configs, kind=WIDE)
+    prepare_model_for_compiled_hotswap(model := load(WIDE, old), target_rank=3)
+    refused("can't be done in a prepared model", hotswap_adapter, model, new)
+
+
 HEAD = LoraConfig(r=4, target_modules=ALL, modules_to_save=["lm_head"])
 TOKENS = LoraConfig(r=4, target_modules=ALL, trainable_token_indices=[1, 2])
 LORA_CONFIG = LoraConfig(r=4, target_modules=ALL)
@@ -113,6 +127,7 @@ LOHA, OFT = LoHaConfig(r=4, target_modules=ALL), OFTConfig(oft_block_size=4, tar
         (HEAD, dict(adapters=[LoraConfig(target_modules=ALL, modules_to_save=["norm"])]), "saves other modules"),
         (TOKENS, dict(adapters=[LoraConfig(target_modules=ALL, trainable_token_indices=[1, 3])]), "other tokens"),
         (LOHA, dict(adapters=[LoHaConfig(r=16, target_modules=ALL)], target_rank=8), "the original rank is larger"),
+        (LOHA, dict(adapters=[LoHaConfig(r=2.5, target_modules=ALL)]), "an invalid rank"),
         (LOHA, dict(adapters=[LoraConfig(r=4, target_modules=ALL)]), "Incompatible PEFT types found: LOHA and LORA"),
         # zeros beyond the rank would change what it computes
         (OFT, dict(target_rank=8, adapter_name="default"), "can't be prepared for adapters of type OFT"),
