@@ -12,12 +12,12 @@ import hotswap_lab
 from hotswap_lab import demo
 from hotswap_lab.demo import digits, voices
 from hotswap_lab.figures import palette
-from hotswap_lab.figures.palette import ADAPTERS, LESS, MORE, WHITE, adapter_color, light, mix
+from hotswap_lab.figures.palette import ADAPTERS, WHITE, adapter_color, light, mix
 
 FOLDER = Path(hotswap_lab.__file__).parent
 COLOR = r"#[0-9a-fA-F]{6}\b|#[0-9a-fA-F]{3}\b|rgb\(|hsl\("
 #: from white to a full color, for values below and above
-SHADES = {mix(color, step / 10_000, WHITE) for color in (LESS, MORE) for step in range(10_001)}
+SHADES = {mix(color, step / 10_000, WHITE) for color in ("#8a4b08", "#0f766e") for step in range(10_001)}
 NAMED = {value for name, value in vars(palette).items() if name.isupper() and isinstance(value, str)}
 
 

@@ -99,9 +99,7 @@ def plan_another_form(plan: Plan) -> Plan | None:
         if any(layer.keys[0] in keys for layer in others):
             return plan_with_fresh_load(plan)
     is_free = plan.unknown and not plan.compiled and not plan.is_prepared and not plan.refusals
-    if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(plan)).ok:
-        return other
-    return None
+    return other if is_free and has_strange_leftovers(plan) and (other := plan_with_fresh_load(plan)).ok else None
 
 
 def has_strange_leftovers(plan: Plan) -> bool:

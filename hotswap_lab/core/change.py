@@ -61,11 +61,6 @@ class Change:
     steps: list[Step] = field(default_factory=list)
     last_steps: list[Step] = field(default_factory=list)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is written."""
-        return not (self.copies or self.resizes or self.sizes or self.steps or self.last_steps)
-
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add a copy of ``source`` to ``target``. It is cast and moved now, while an error does no harm."""
         if source.dtype != target.dtype or source.device != target.device:

@@ -99,4 +99,6 @@ def _obstacle_at(tensor: SlotTensor) -> str | None:
     axes = zip(tensor.memory.shape, tensor.memory.stride(), strict=True)
     if not parameter.is_contiguous() and any(size > 1 and stride == 0 for size, stride in axes):
         return f"an expanded {tensor.named_key}, whose values share memory"
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"a {tensor.named_key} of {parameter.dtype}, which would round all values"
     return None

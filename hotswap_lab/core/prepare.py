@@ -77,7 +77,7 @@ def changes_to_prepare(
         raise refused("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
-    if not all(change.is_empty for change in changes):
+    if any(each.copies or each.resizes or each.sizes or each.steps or each.last_steps for each in changes):
         check_not_compiled(model, check_compiled)
     return changes
 

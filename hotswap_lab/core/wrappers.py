@@ -42,9 +42,7 @@ def holder_of_inside(wrapper: torch.nn.Module) -> tuple[torch.nn.Module, str]:
         return wrapper.token_adapter, "base_layer"
     if isinstance(wrapper, AuxiliaryTrainingWrapper):
         return wrapper, "original_module"
-    if isinstance(wrapper, BaseTunerLayer):
-        return wrapper, "base_layer"
-    return wrapper, "model"
+    return wrapper, "base_layer" if isinstance(wrapper, BaseTunerLayer) else "model"
 
 
 def inside(wrapper: torch.nn.Module) -> torch.nn.Module:
@@ -181,9 +179,7 @@ def are_equal(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(are_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(are_equal, first, second))
-    if hasattr(first, "__dict__"):
-        return are_equal(vars(first), vars(second))
-    return bool(first == second)
+    return are_equal(vars(first), vars(second)) if hasattr(first, "__dict__") else bool(first == second)
 
 
 def have_same_form(first: Any, second: Any) -> bool:

@@ -51,8 +51,7 @@ def load(name: str) -> tuple[torch.nn.Module, object]:
     """
     from peft import PeftModel
 
-    folder = path(name)
-    return PeftModel.from_pretrained(smollm2.load_base(), folder), smollm2.load_tokenizer()
+    return PeftModel.from_pretrained(smollm2.load_base(), path(name)), smollm2.load_tokenizer()
 
 
 @torch.inference_mode()

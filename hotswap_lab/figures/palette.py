@@ -28,8 +28,6 @@ DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF:
 
 #: adapters; all can be read as text on a card, and told apart by color-blind readers
 ADAPTERS = ("#008220", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
-#: factors below and above 1
-LESS, MORE = "#8a4b08", "#0f766e"
 #: adapters that ship with the package, in the order of ADAPTERS
 _SHIPPED = (
     ("caesar", "double", "no_vowels", "pig_latin", "reverse", "shout", "sort", "vowels_up"),

@@ -30,8 +30,7 @@ def gains_of(draft: Plan) -> dict[str, float]:
     >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(gains_of(draft)))
     {'model.layers.0.mlp.up_proj': 0.5}
     """
-    tensors = draft.adapter.tensors
-    return {key.removesuffix(GAIN): float(value) for key, value in tensors.items() if key.endswith(GAIN)}
+    return {key.removesuffix(GAIN): float(each) for key, each in draft.adapter.tensors.items() if key.endswith(GAIN)}
 
 
 def as_plan(draft: Plan, change: Change) -> Plan:

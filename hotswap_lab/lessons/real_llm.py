@@ -99,8 +99,7 @@ class Chat:
 
     def read(self, ids: Tensor) -> Tensor:
         """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
-        length, room = self.length, self.reader.longest
-        if length + len(ids) > room:
+        if (length := self.length) + len(ids) > (room := self.reader.longest):
             raise ValueError(f"no room for {len(ids)} more tokens: {length} of {room} are taken")
         for part in ids.split(self.reader.chunk):
             logits = self.reader.read([part.tolist()])

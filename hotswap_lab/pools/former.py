@@ -118,5 +118,4 @@ def is_in(room: Room, packed: Packed) -> bool:
 
 def _with_sets(config: Config) -> dict[str, object]:
     """A config's fields, with lists as sets: PEFT makes sets of some lists of names, also of empty ones."""
-    fields = config.to_dict()
-    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in fields.items()}
+    return {name: {*each} if isinstance(each, (list, tuple, set)) else each for name, each in config.to_dict().items()}

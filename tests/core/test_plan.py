@@ -446,6 +446,10 @@ class OfALibrary(nn.Parameter):
 #: what is done to a layer, and why it can't be written to; None if it can
 ODD_LAYERS = {
     "expanded": (lambda layer, a: setattr(a.weight, "data", torch.zeros(1, 1).expand(2, 12)), "share memory"),
+    "whole numbers": (
+        lambda layer, a: setattr(a.requires_grad_(False).weight, "data", torch.ones(2, 12).char()),
+        "torch.int8",
+    ),
     "one row": (lambda layer, a: setattr(a.weight, "data", torch.zeros(50).as_strided((1, 12), (0, 3))), None),
     "a parameter of a library": (
         lambda layer, a: setattr(a, "weight", OfALibrary(a.weight.data)),

@@ -34,8 +34,7 @@ def background(images: torch.Tensor) -> torch.Tensor:
     >>> background(torch.ones(1, 16, 16))
     tensor([1.])
     """
-    edges = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
-    return torch.cat(edges, dim=1).mean(1)
+    return torch.cat([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], dim=1).mean(1)
 
 
 def slant(images: torch.Tensor) -> torch.Tensor:
