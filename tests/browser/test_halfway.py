@@ -73,10 +73,10 @@ def revealed(opened, *how):
 
 @pytest.mark.parametrize(
     ("guess", "key"),
-    few_of(
-        [(guess, key) for guess in ("pawstoh", "otswaphay", "hotswap", "an error") for key in ("", "Space")],
-        [("pawstoh", ""), ("hotswap", "Space"), ("an error", "")],
-    ),
+    [
+        *(("pawstoh", ""), ("hotswap", "Space"), ("an error", ""), long("otswaphay", "Space"), long("otswaphay", "")),
+        *(long("pawstoh", "Space"), long("hotswap", ""), long("an error", "Space")),
+    ],
 )
 def test_the_answer_is_hidden_until_the_guess(opened, guess, key):
     _, part = opened()

@@ -609,7 +609,8 @@ def test_few_are_held_and_all_are_answered():
     served = Served(dict(list(FAMILY.items())[:2]), replace(SHORT, rows=2, held=4))
     asyncio.run(served.change(FAMILY))
     served.assert_right([*FAMILY, "demo"] * 2, WORDS * 3)
-    served.assert_right(["shout"])
+    for _ in range(2):  # both rows have it, then what they had may go
+        served.assert_right(["shout"] * 2)
     assert len(served.replicas[0].pool) == 4
     assert served.replicas[0].state["held"][-1] == "shout@1"
 
