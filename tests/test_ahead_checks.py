@@ -402,9 +402,12 @@ def test_what_a_forward_writes_to(tmp_path, monkeypatch):
     model = prepared(kind, tmp_path)
     model.get_base_model().register_buffer("calls", torch.zeros(()))
     path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()))
-    for given in (torch.ones(3, 12), torch.ones(12, 3).t()):
+    wide = torch.ones(1, 3, 24)[:, :, :12].as_strided((3, 12), (24, 1))
+    for given in (torch.ones(3, 12), torch.ones(12, 3).t(), wide):
         bind(path, model)(given)
         assert torch.equal(given, torch.full((3, 12), 0.5))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        bind(path, model)(torch.ones(12).expand(3, 12))
     with torch.inference_mode():
         bind(path, model)
         model.get_base_model().calls = torch.zeros(())

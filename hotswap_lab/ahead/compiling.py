@@ -195,7 +195,7 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
 
 def _likeness(program: Any, places: Mapping[str, Place]) -> str:
     """A text that two programs share if they compute the same with their tensors."""
-    code = [each.code for each in program.graph_module.modules()]  # those of branches, too
+    code = [getattr(each, "code", "") for each in program.graph_module.modules()]  # those of branches, too
     constants = hashlib.sha256(safetensors.torch.save(_lifted(program))).hexdigest()
     return "\n".join([*code, str(program.graph_signature), constants, json.dumps(_notes_on(program, (), places))])
 
@@ -254,7 +254,10 @@ def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place])
                 sizes.setdefault(form[0][axis], example.shape[axis])
     Sizes(symbols, conditions).check(*sizes.values())
     tensors = {key: form_of(places[key][0][places[key][1]]) for key in sorted(wanted)}
-    return dict(paths=paths, tensors=tensors, names=list(given), inputs=inputs, symbols=symbols, conditions=conditions)
+    nodes = [node for each in program.graph_module.modules() for node in getattr(each, "graph", program.graph).nodes]
+    writes = any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes)
+    form = dict(names=list(given), inputs=inputs, writes=writes, symbols=symbols, conditions=conditions)
+    return dict(paths=paths, tensors=tensors, **form)
 
 
 def _lifted(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:

@@ -152,6 +152,10 @@ def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, 
                 raise refused("ahead_other_settings", key=key_path, found=own.get(key), expected=other.get(key))
 
 
+def _are_same(own: torch.Tensor, copy: torch.Tensor) -> bool:
+    return own is copy or bool(((own == copy) | (own != own) & (copy != copy)).all())  # NaN is not equal to itself
+
+
 class Bound:
     """One compiled graph, bound to the tensors of one module."""
 
@@ -164,6 +168,8 @@ class Bound:
                 raise refused("ahead_other_tensor", key=key, found=found or "no such tensor", expected=form)
         self.names: list[str] = notes["names"]
         self.inputs: list[Any] = notes["inputs"]
+        #: whether the code writes to tensors, as a forward with a cache does to its inputs
+        self.writes: bool = notes.get("writes", True)
         self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
         self.places: list[Place] = [places[key] for key in forms]
         #: kept, since the code has nothing but their addresses
@@ -190,9 +196,9 @@ class Bound:
         tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
         passed = [each.contiguous() for each in tensors]
         outputs = self.code.loader.boxed_run([*passed])
-        for own, copy in zip(tensors, passed, strict=True):  # which the code may have written to, as forwards do
-            if own is not copy and 0 not in own.stride() and not torch.equal(own, copy):
-                own.copy_(copy)
+        changed = [pair for pair in zip(tensors, passed, strict=True) if self.writes and not _are_same(*pair)]
+        for own, copy in changed:
+            own.copy_(copy)
         return compat.tree_unflatten(outputs, self.output_form)
 
     def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:

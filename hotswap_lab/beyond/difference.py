@@ -181,8 +181,9 @@ class _Comparison:
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
+        absent = [{name: child is None for name, child in each._modules.items()} for each in (live, fresh)]
         # another layer may have the same class and the same weights, so the twin's record decides
-        if live._modules.keys() != fresh._modules.keys() or self.live_of.get(id(fresh)) is not live:
+        if absent[0] != absent[1] or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
             return
         for name, child in fresh._modules.items():

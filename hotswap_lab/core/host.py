@@ -134,8 +134,8 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
         names = sorted({name for host in hosts for name in host.configs})
         found = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
         raise refused("no_such_adapter", adapter_name=adapter_name, found=found)
-    # PEFT stores adapters in the base's layers by their names: those of a model inside would be taken for this one's
-    if (inner := _carrier(model, matching[0].base)) and inner.configs is not matching[0].configs:
+    # PEFT stores adapters in the base's layers by their names: those of a model inside would be taken for these prompts
+    if matching[0].configs[adapter_name].is_prompt_learning and (inner := _carrier(model, matching[0].base)):
         matching += [inner] * (adapter_name in inner.configs)
     if len(matching) > 1:
         kinds = listing(type(host.base).__name__ for host in matching)

@@ -169,5 +169,5 @@ def _view(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _storage(tensor: torch.Tensor) -> int | None:
     """The address of a tensor's storage; None for tensors that have none, or several."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
     return tensor.untyped_storage().data_ptr() if plain else None

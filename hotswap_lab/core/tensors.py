@@ -58,8 +58,13 @@ class SlotTensor:
 
     @property
     def is_zero(self) -> bool:
-        """Whether :attr:`memory` is zero, as far as this can be seen: not on the meta device."""
-        return self.memory.is_meta or not self.memory.any()
+        """Whether :attr:`memory` is zero, or what accelerate keeps of it elsewhere; not if neither can be seen."""
+        memory: torch.Tensor = self.memory
+        if memory.is_meta:
+            hook = getattr(self.owner, "_hf_hook", None)  # one, or several in a row
+            kept = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
+            memory = kept[0][self.name] if kept else torch.ones(())
+        return not memory.any()
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         """Have ``change`` write ``source``, as in an adapter's file, to the parameter; None means "no adapter"."""

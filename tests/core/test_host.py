@@ -58,6 +58,8 @@ def test_an_adapter_inside_that_has_the_same_name_is_refused():
     refused("More than one part of the model", resolve_slot, PeftModel(inner, prompts), "default")
     assert len(resolve_slot(inner, "default").layers) == 2
     assert not resolve_slot(PeftModel(inner, prompts, "other"), "other").layers
+    inner.peft_config = dict(inner.peft_config)  # another table of the same configs
+    assert len(resolve_slot(inner, "default").layers) == 2
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -198,6 +198,16 @@ def test_what_is_off_in_an_offloaded_model(tmp_path, what, form, way):
     assert {key for key in keys if "lora_" in key} == {key for key in expected if "lora_" in key}
 
 
+@pytest.mark.parametrize("of", ["last", "last.lora_B.default"])
+def test_what_was_trained_while_off_and_then_offloaded_is_not_left_out(tmp_path, of):
+    accelerate = pytest.importorskip("accelerate")
+    model, _, _ = turned_off(tmp_path, {}, "swap")
+    assert "base_model.model.last.lora_B.default.weight" not in model.state_dict()
+    model.get_base_model().last.lora_B["default"].weight.data.fill_(1)
+    accelerate.cpu_offload(model.get_base_model().get_submodule(of), torch.device("cpu"))
+    assert "base_model.model.last.lora_B.default.weight" in model.state_dict()
+
+
 def test_what_is_off_stays_off_in_another_precision(tmp_path):
     """The magnitude is rounded then, and so are the base weights that it is the norm of."""
     model, _, _ = turned_off(tmp_path, FORMS["DoRA"], "swap")
