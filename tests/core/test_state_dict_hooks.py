@@ -177,7 +177,8 @@ def test_a_layer_that_was_off_and_gets_weights_is_saved_with_them(tmp_path, form
     prepare_model_for_compiled_hotswap(model := load(MLP, full))
     hotswap_adapter(model, few, "default")
     written = load(MLP, full).state_dict()
-    with torch.no_grad(), warnings.catch_warnings(action="error"):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         for name, each in model.named_parameters():
             each.copy_(written[name])
         assert_same_tensors(model.state_dict(), written)
@@ -193,7 +194,8 @@ def test_what_is_off_in_an_offloaded_model(tmp_path, what, form, way):
     for path, module in [*model.named_modules()]:
         if what in path and module._parameters:
             accelerate.cpu_offload(module, torch.device("cpu"))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         keys, expected = model.state_dict().keys(), load(MLP, few).state_dict().keys()
     assert {key for key in keys if "lora_" in key} == {key for key in expected if "lora_" in key}
 
