@@ -139,7 +139,10 @@ def _file_keys(model: PeftModel, tensors: Mapping, adapter_name: str) -> dict[st
     for key, tensor in tensors.items():
         full = key_in_file(key)
         if full in own and (f".{adapter_name}." in full or full.endswith(f".{adapter_name}")):
-            full = tuner._remove_adapter_name_from_key(full, adapter_name)
+            if hasattr(tuner, "_remove_adapter_name_from_key"):
+                full = tuner._remove_adapter_name_from_key(full, adapter_name)
+            else:  # PEFT 0.20
+                full = "".join(full.rpartition(f".{adapter_name}")[::2])
         if full in renamed and not are_interchangeable(tensor, renamed[full]):
             raise ValueError(f"it has two different values for {full}")
         renamed[full] = tensor
