@@ -83,6 +83,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
+        # only write raises
+        ("    return writes", "    return [None] if adapter.keys() - layers.keys() else writes", "    if missing := adapter.keys() - layers.keys():\n", "    if missing := '':\n", "    with torch.no_grad():\n", "    if writes == [None]:\n        raise ValueError\n    with torch.no_grad():\n"),
         ("writes.append((layer", "write(writes[-2:])\n        writes.append((layer"),
         (WRITE, "table[key] = torch.nn.Parameter(torch.as_tensor(value))"),
         (WRITE, "table[key].data = torch.as_tensor(value)"),
@@ -120,6 +122,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ),
         (HIGHEST, "len(a)"),
         (HIGHEST, "32"),
+        (HIGHEST, "max(ranks.get(path, 8), len(a))"),  # LoRA's usual rank
         (HIGHEST, "min(ranks.get(path, 99), len(a))"),
         (HIGHEST, "ranks.get(path, 0) + len(a)"),
         ("LoraConfig(target_modules=[*ranks], " + EACH + ")", "LoraConfig(r=32, target_modules=[*ranks])"),
@@ -171,7 +174,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]", COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
         (COPY, "write(plan(self.model, self.family[name]))", "        plans", "        self.model, self.family = model, family\n        plans"),
         (PACKED, f"{PACKED}.flip(0)"),
-        *((COPY, f"if name != self.active:\n            {COPY}\n        self.active = name", "        plans =", f"        self.active = {first}\n        plans =") for first in ("next(iter(family))", "[*family][-1]")),
+        *((COPY, f"if name != self.active:\n            {COPY}\n        self.active = name", "        plans =", f"        self.active = {first}\n        plans =") for first in ("next(iter(family))", "[*family][-1]", "None")),
         (COPY, "self.memory += self.packed[name] - self.now\n        self.now = self.packed[name]", "        self.packed =", "        self.now = self.memory.clone()\n        self.packed ="),
         (COPY, f"torch.set_grad_enabled(False)\n        {COPY}"),
         (VIEW, f"{VIEW}\n            target.requires_grad_(False)"),
@@ -549,6 +552,10 @@ class Pool:
         torch.index_select(self.all, 0, torch.tensor([self.names.index(name)]), out=self.live[None])
 """,
         (COPY, "self.memory.zero_()\n        self.memory += self.packed[name]"),
+        (  # where chapter 03's scalings are float64
+            *("class Pool:", "as_float32 = scalings_as_tensors\n\n\ndef scalings_as_tensors(model):\n    for layer in layers_of(as_float32(model)).values():\n        layer.scaling[NAME] = layer.scaling[NAME].double()\n    return model\n\n\nclass Pool:"),
+            *("each.detach().flatten()", "each.detach().flatten().float()"),
+        ),
     ],
     "05 take_turns": [
         """
