@@ -37,6 +37,9 @@ SOLUTION = Path(__file__).with_name("mini_hotswap.py")
 if not SOLUTION.exists():
     SOLUTION = Path(__file__).parents[2] / "notebooks" / "solutions" / "mini_hotswap.py"
 
+#: what is behind the name of a part that isn't the reader's
+LENT = ", the solution's"
+
 #: the ``padded`` of chapter 01; that of 02 takes its place
 GIVEN = """
 def padded(values, room):
@@ -61,7 +64,7 @@ def load_ipython_extension(ipython: Any) -> None:
 def part(chapter: str, text: str) -> None:
     """Check a chapter's part; if it is right, keep it in :data:`MINE`."""
     if PARTS[chapter].is_right(text):
-        MINE.write_text(as_file(max([chapter, *parts_of_yours()]), {chapter: text}))
+        MINE.write_text(as_file(max([chapter, *(parts_of(MINE) if MINE.exists() else ())]), {chapter: text}))
         print(f"It is in {MINE} now.")
 
 
@@ -70,7 +73,9 @@ def as_file(chapter: str, own: Mapping[str, str]) -> str:
 
     >>> exec(as_file("01b", {}), {})
     """
-    return "\n\n".join(f"# ---- {name}\n\n{text.strip()}\n" for name, text in parts_up_to(chapter, own).items())
+    parts, yours = parts_up_to(chapter, own), {"", *parts_of_yours(), *own}
+    marked = {f"# ---- {name}{'' if name in yours else LENT}": text.strip() for name, text in parts.items()}
+    return "\n\n".join(f"{mark}\n\n{text}\n" for mark, text in marked.items())
 
 
 def in_new_process(chapter: str, code: str) -> None:
@@ -96,7 +101,10 @@ def parts_of(file: Path) -> dict[str, str]:
 
 
 def parts_of_yours() -> dict[str, str]:
-    return {name: text for name, text in parts_of(MINE).items() if name} if MINE.exists() else {}
+    if not MINE.exists():
+        return {}
+    lent = {"", *re.findall(rf"^# ---- (\w+){LENT}", MINE.read_text(), re.MULTILINE)}
+    return {name: text for name, text in parts_of(MINE).items() if name not in lent}
 
 
 def solution(chapter: str) -> Source:
@@ -365,11 +373,11 @@ def part_08(text):
         yield f"{name} in row {row}", *first_difference({"logits": base(IDS).logits}, {"logits": expected})
     yield "x of shape (rows, inputs)", *first_difference({"y": one(x[:, 0])}, {"y": one(x)[:, 0]})
     yield "a graph from before reads the same memory", *first_difference({"y": graph(x)}, {"y": one(x)})
-    # a layer with a bias, and texts of one token, as while generating
+    # a layer with a bias and one output, and texts of one token, as while generating
     with torch.random.fork_rng():  # the reader's random numbers stay theirs
         torch.manual_seed(0)
-        biased, token = torch.nn.Linear(6, 4), torch.randn(3, 1, 6)
-        layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(4, 2))
+        biased, token = torch.nn.Linear(6, 1), torch.randn(3, 1, 6)
+        layer, (a, b) = mini.Rows(biased, 3, 2), (torch.randn(2, 6), torch.randn(1, 2))
     yield "a bias, and texts of one token", *first_difference({"y": layer(token)}, {"y": biased(token)})
     places = addresses(layer)
     layer.assign(1, a * torch.inf, b * torch.inf, 1.0)
@@ -378,7 +386,8 @@ def part_08(text):
     expected = biased(token)
     expected[1] += 0.5 * token[1] @ a[:1].T @ b[:, :1].T
     yield "rank 1 where infinity was", *first_difference({"y": layer(token)}, {"y": expected})
-    higher = torch.ones(3, 6), torch.ones(4, 3), 1.0
+    yield "x of shape (rows, inputs), one output", *first_difference({"y": layer(token[:, 0])}, {"y": expected[:, 0]})
+    higher = torch.ones(3, 6), torch.ones(1, 3), 1.0
     yield "rank 3 is refused", refused(lambda: layer.assign(1, *higher)) != "no error", True
     yield "nothing is written before a refusal", *first_difference({"y": layer(token)}, {"y": expected})
     few, many = (calls(mini.Rows(one.linear, rows, 4), x[:rows]) for rows in (2, 8))

@@ -170,8 +170,8 @@ TURNS = (
     ("pig_latin", "kernel>matrix>voice", 19),
     ("pig_latin", "kernel>matrix>voicedoor", 4),
     ("pig_latin", "kernel>matrix>voicedoorways", 4),
-    ("pig_latin", "kernel>matrox>voicedoors", 24),
-    ("reverse", "kernel>matrox>voicedoors>x", 26),
+    ("pig_latin", "kernel>matrox>voicedoorways>s", 29),
+    ("reverse", "kernel>matrox>voicedoorways>s>x", 31),
     *[("pig_latin", "kernel", 6)] * 2,
 )
 

@@ -203,6 +203,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (SAME, "True"),
         (SAME, "len(read) and ids[0] == read[0]"),
         (SAME, "len(read) < len(ids)"),
+        (SAME, "0 < len(read) < len(ids) and (read[0], read[-1]) == (ids[0], ids[len(read) - 1])"),
         (SAME, "torch.equal(ids[: len(read)], read)"),  # nothing is left to read of the same prompt again
         (SAME, "0 < len(read) <= len(ids) and read[0] == ids[0]"),
         (SAME, "0 < len(read) <= len(ids) and read[-1] == ids[len(read) - 1]"),
@@ -281,6 +282,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
             *(ADDED, f"self.scaling.view(-1, *[1] * (x.dim() - 1)) * {ADDED}"),
             *("self.linear = linear", "self.linear, self.scaling = linear, torch.zeros(rows)"),
         ),
+        (ADDED, "(lambda y: y if x.dim() == 3 else y.squeeze())(inputs @ self.a.mT @ self.b.mT)"),
         ("self.linear(x) + ", ""),
         ("self.linear(x) + ", "x @ self.linear.weight.T + "),  # no layer of the demo has a bias
         (ADDED, "(inputs @ self.a.mT @ self.b.mT).squeeze(1)"),  # each text has one token while generating

@@ -67,9 +67,10 @@ def test_a_part_is_kept_once_it_is_right_and_the_next_ones_are_built_on_it(tmp_p
     building.part("01", "\n\ndef read(folder):\n    raise KeyError('nope')")
     assert "KeyError: 'nope' (line 4 of part 01: raise KeyError('nope'))" in capsys.readouterr().out
     building.part("01", str(building.solution("01")))
-    assert building.parts_of_yours().keys() == {"01", "01b", "02"}  # 01b is the solution's, so that the file runs
+    assert building.parts_of_yours().keys() == {"01", "02"}
+    assert building.parts_of(building.MINE).keys() == {"", "01", "01b", "02"}  # 01b is lent: the file runs
     building.in_new_process("02", "import my_hotswap as mini; print(mini.WHOSE, mini.plan.__module__)")
-    assert capsys.readouterr().out.endswith("\nmine my_hotswap\n")
+    assert capsys.readouterr().out.endswith("now.\nof the solution, not of yours: 01b\nmine my_hotswap\n")
     code = "import my_hotswap; print(len(my_hotswap.read(__import__('hotswap_lab').demo.adapter_path('double'))))"
     alone = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert alone.stdout == "16\n", alone.stderr
