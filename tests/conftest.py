@@ -14,6 +14,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # inductor's pool of compilers is one more process that imports torch, for each process that compiles
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# in an empty cache, inductor builds ten small programs to learn that the compiler knows what the processor can do
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Dynamo formats the stack at each operation; for columns, Python compiles the lines anew: up to a quarter of the time
 os.environ.setdefault("PYTHONNODEBUGRANGES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -170,6 +170,7 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
         assert row["first_token"]["minimum"] > 10 * measured["ways"]["hotswap_lab, pool"]["swap"]["minimum"]
 
 
+@pytest.mark.long
 def test_the_rows_of_chapter_05_are_ways_that_the_named_command_measures():
     """Here with the embedded model, since only the names are looked at."""
     folders = [demo.adapter_path(name) for name in ("reverse", "shout", "caesar")]

@@ -29,6 +29,7 @@ def found() -> dict[str, dict]:
 MOST = ("leaves", "core alone")
 
 
+@pytest.mark.long
 def test_plain_lora_goes_on_without_all_that_can_go_and_needs_the_rest():
     found = tried(*MOST, *rooms.NEEDED)
     assert [found[each]["error"] for each in MOST] == [None, None]

@@ -100,7 +100,10 @@ def test_back_over_two_swaps_to_the_layers_of_the_first(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [*((name, name in WHOLE) for name in METHODS), *(long(name, True) for name in METHODS if name not in WHOLE)],
+    [
+        *((name, True) if name in WHOLE else long(name, True) for name in METHODS),
+        *[(name, False) for name in METHODS if name not in WHOLE][::2],
+    ],
 )
 def test_there_and_back(method_folders, name, whole, tmp_path):
     """One walk answers for a method: equal there and back, saved, verified, damaged files refused, values in place.

@@ -74,7 +74,13 @@ def revealed(opened, *how):
 @pytest.mark.parametrize(
     ("guess", "key"),
     [
-        *(("pawstoh", ""), ("hotswap", "Space"), ("an error", ""), long("otswaphay", "Space"), long("otswaphay", "")),
+        *(
+            ("pawstoh", ""),
+            long("hotswap", "Space"),
+            long("an error", ""),
+            long("otswaphay", "Space"),
+            long("otswaphay", ""),
+        ),
         *(long("pawstoh", "Space"), long("hotswap", ""), long("an error", "Space")),
     ],
 )
@@ -102,6 +108,7 @@ def test_the_answer_is_hidden_until_the_guess(opened, guess, key):
     expect(feedback).to_be_empty()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["guess", "line", "request"])
 def test_another_word_or_swap_gives_a_new_guess(opened, how):
     _, part = opened()
@@ -171,6 +178,7 @@ def test_memory_answer_and_ribbon_move_together_by_keyboard(opened):
     assert rows.first.evaluate(color) == rgb(adapter_color("pig_latin"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("touch", [False, True])
 def test_the_line_and_the_ribbon_can_be_dragged(opened, touch):
     page, part = opened("phone" if touch else "wide", has_touch=touch)
@@ -196,6 +204,7 @@ def test_the_line_and_the_ribbon_can_be_dragged(opened, touch):
     expect(line).to_have_attribute("aria-valuenow", "24")
 
 
+@pytest.mark.long
 def test_each_swap_word_and_order(opened):
     _, part = revealed(opened)
     answer, line = part.locator(".halfway-answer"), part.get_by_role("slider")
@@ -268,6 +277,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "key"), [("wide", ""), ("phone", "Enter"), long("wide", "Enter"), long("phone", "")])
 def test_each_button_shows_its_result_and_its_code(opened, key, size):
     _, part = opened(size)
@@ -293,6 +303,7 @@ def test_each_button_shows_its_result_and_its_code(opened, key, size):
 VALUES = {"before": "reverse", "after": "pig_latin", "word": "hotswap", "step": 6}
 
 
+@pytest.mark.long
 def test_what_a_request_gets_follows_the_line(opened):
     _, part = revealed(opened)
     part.get_by_role("button", name="no lock").click()
@@ -317,6 +328,7 @@ def test_what_a_request_gets_follows_the_line(opened):
     expect(part.locator("[value=loop] + div")).to_contain_text(DATA["damage"]["loop"]["answers"][3])
 
 
+@pytest.mark.long
 def test_the_code_can_be_copied(opened):
     page, part = opened()
     for summary in part.locator("summary").all():
@@ -358,6 +370,7 @@ def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
     assert not page.evaluate(TOO_WIDE)
 
 
+@pytest.mark.long
 def test_the_toggle_of_the_theme_moves_it(opened):
     page, part = revealed(opened)
     color = "each => getComputedStyle(each).backgroundColor"
@@ -368,6 +381,7 @@ def test_the_toggle_of_the_theme_moves_it(opened):
     assert light[1] != dark[1]
 
 
+@pytest.mark.long
 def test_a_still_picture_without_javascript(browser, tmp_path):
     with opening(browser, tmp_path, "halfway", "") as opened:
         _, part = revealed(opened)
@@ -393,6 +407,7 @@ def test_a_still_picture_without_javascript(browser, tmp_path):
             expect(part.locator("noscript p")).to_be_visible()
 
 
+@pytest.mark.long
 def test_without_motion(browser, tmp_path):
     with opening(browser, tmp_path, "halfway", "") as opened:
         moving = (
@@ -405,6 +420,7 @@ def test_without_motion(browser, tmp_path):
         assert found[0] == 0 < found[1]
 
 
+@pytest.mark.long
 def test_it_comes_before_the_map(browser, tmp_path):
     for name in [each for each in PAGES if each.endswith(("index.html", "00_start_here.html"))]:
         with opening(browser, tmp_path, "halfway", name) as opened:

@@ -303,6 +303,7 @@ def test_a_handler_that_fails_fails_no_swap(tmp_path, monkeypatch, caplog):
     assert the(model).source == SORT
 
 
+@pytest.mark.long
 def test_a_new_process_prints_nothing_and_needs_no_private_name_to_start():
     code = "import hotswap_lab.bench, hotswap_lab.lessons, hotswap_lab.widgets\n"
     code += "from hotswap_lab import compat, demo, hotswap_adapter\n"

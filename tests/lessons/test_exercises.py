@@ -69,6 +69,13 @@ def test_a_part_is_kept_once_it_is_right_and_the_next_ones_are_built_on_it(tmp_p
     building.part("01", str(building.solution("01")))
     assert building.parts_of_yours().keys() == {"01", "02"}
     assert building.parts_of(building.MINE).keys() == {"", "01", "01b", "02"}  # 01b is lent: the file runs
+
+
+@pytest.mark.long
+def test_the_file_is_yours_in_a_new_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for chapter, text in (("02", f"{building.solution('02')}\nWHOSE = 'mine'"), ("01", str(building.solution("01")))):
+        building.part(chapter, text)
     building.in_new_process("02", "import my_hotswap as mini; print(mini.WHOSE, mini.plan.__module__)")
     assert capsys.readouterr().out.endswith("now.\nof the solution, not of yours: 01b\nmine my_hotswap\n")
     code = "import my_hotswap; print(len(my_hotswap.read(__import__('hotswap_lab').demo.adapter_path('double'))))"
@@ -85,7 +92,8 @@ FRESH = {
 }
 
 
-@pytest.mark.parametrize("chapter", ["01", *map(long, ("02", "03", "04", "08"))])
+@pytest.mark.long
+@pytest.mark.parametrize("chapter", FRESH)
 def test_the_file_runs_in_a_new_process_after_each_chapter(chapter, capsys):
     """The notebooks' tests skip these cells, since each of them imports everything anew."""
     first, _, code = FRESH[chapter].source.partition("\n")

@@ -55,6 +55,7 @@ def answers_never_read(port: int) -> socket.socket:
     return connection
 
 
+@pytest.mark.long
 def test_a_connection_without_a_request_is_closed(server):
     with contextlib.ExitStack() as stack:
         connections = []
@@ -64,6 +65,7 @@ def test_a_connection_without_a_request_is_closed(server):
         assert [each.recv(1) for each in connections] == [b""] * 3
 
 
+@pytest.mark.long
 def test_more_connections_than_files(server):
     _, port, log = server
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 600:
@@ -81,6 +83,7 @@ def is_healthy(port: int) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_a_server_ends_whatever_its_clients_do(server):
     """The last test with it."""
     process, port, _ = server

@@ -61,11 +61,13 @@ def test_every_answer_on_the_way_is_that_of_such_a_model(view):
     assert demo.ask(demo.load_base(), demo.load_tokenizer(), "hotswap") == "hotswap"  # as the picture says of step 6
 
 
+@pytest.mark.long
 def test_the_layer_that_is_drawn_is_one_that_both_have():
     """The first layer of the model is none of shout's; reverse has eight rows in all, shout in those of the middle."""
     assert "reverse has 8 rows (its rank), shout 8<" in WriteScrubber("reverse", "shout")._picture()
 
 
+@pytest.mark.long
 def test_the_base_is_named_where_it_answers_on_the_way(view):
     named = "hotswap: what the base answers without an adapter<"
     assert named in view._picture()
@@ -74,6 +76,7 @@ def test_the_base_is_named_where_it_answers_on_the_way(view):
     assert named not in other._picture()
 
 
+@pytest.mark.long
 def test_each_step_writes_one_row_of_every_layer():
     view = WriteScrubber("reverse", "vowels_up")
     addresses = [tensor.parameter.data_ptr() for tensor in view._slot.tensors]
