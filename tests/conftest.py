@@ -26,6 +26,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 import torch
+import warm_kernels
+from jupyter_client.provisioning import local_provisioner
 from lengths import few_of
 from models import KINDS, load
 from pool_sources import save_sources
@@ -110,6 +112,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     except HotswapError as error:
         for item in items:
             item.add_marker(pytest.mark.skip(reason=str(error).replace("\n", " ")))
+
+
+def pytest_configure() -> None:
+    """Kernels come out of a process that has imported what they need; elsewhere, a fork isn't safe or isn't there."""
+    if platform.system() == "Linux":
+        local_provisioner.launch_kernel = warm_kernels.launch_kernel
 
 
 def pytest_collection_finish() -> None:

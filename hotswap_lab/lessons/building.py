@@ -64,7 +64,7 @@ def load_ipython_extension(ipython: Any) -> None:
 def part(chapter: str, text: str) -> None:
     """Check a chapter's part; if it is right, keep it in :data:`MINE`."""
     if PARTS[chapter].is_right(text):
-        MINE.write_text(as_file(max([chapter, *(parts_of(MINE) if MINE.exists() else ())]), {chapter: text}))
+        MINE.write_text(as_file(max([chapter, *parts_of_yours()]), {chapter: text}))
         print(f"It is in {MINE} now.")
 
 
@@ -101,10 +101,8 @@ def parts_of(file: Path) -> dict[str, str]:
 
 
 def parts_of_yours() -> dict[str, str]:
-    if not MINE.exists():
-        return {}
-    lent = {"", *re.findall(rf"^# ---- (\w+){LENT}", MINE.read_text(), re.MULTILINE)}
-    return {name: text for name, text in parts_of(MINE).items() if name not in lent}
+    parts = parts_of(MINE) if MINE.exists() else {}
+    return {name: text for name, text in parts.items() if name and f"# ---- {name}{LENT}\n" not in MINE.read_text()}
 
 
 def solution(chapter: str) -> Source:
