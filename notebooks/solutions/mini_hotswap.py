@@ -139,7 +139,7 @@ class Rows(torch.nn.Module):
         self.a, self.b = torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)
 
     def assign(self, row: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])
+        self.a[row], self.b[row] = padded(a, self.a[row]), scaling * padded(b, self.b[row])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (rows, tokens, in), or (rows, in)
         inputs = x if x.dim() == 3 else x[:, None]

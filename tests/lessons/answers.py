@@ -36,7 +36,7 @@ TENSOR = "torch.tensor(float(layer.scaling[NAME]), device=layer.lora_A[NAME].wei
 COPY = "self.memory.copy_(self.packed[name])"
 VIEW = "target.data = part.view(target.shape)"
 PACKED = "torch.cat([torch.as_tensor(value).flatten() for _, _, value in writes]).to(self.memory)"
-ASSIGN = "self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])"
+ASSIGN = "self.a[row], self.b[row] = padded(a, self.a[row]), scaling * padded(b, self.b[row])"
 ADDED = "(inputs @ self.a.mT @ self.b.mT).view(*x.shape[:-1], -1)"
 FREE = 'having = [n for n in numbers if name in replicas[n]["held"] and replicas[n]["waiting"] < most]'
 FEWEST = 'min(having or numbers, key=lambda n: replicas[n]["waiting"])'
@@ -211,6 +211,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("    pool.swap(name)\n", "", "    return logits", "    pool.swap(name)\n    return logits"),
         ("    pool.swap(name)\n", ""),
         ("    chat.forget()\n", ""),
+        # what the adapter answered is behind the prompt
+        ("    pool.swap(name)\n", "    same = pool.active == name\n    pool.swap(name)\n", "        chat.restore(saved)\n", "        if not same:\n            chat.restore(saved)\n"),
         ("kept.get(name, ", "kept.get('both', ", "kept[name] =", "kept['both'] ="),
         (  # one list of what was read last, by whichever adapter
             *("kept.get(name, (ids[:0], chat.save()))", "kept.get('ids', ids[:0]), kept.get(name)"),
@@ -269,13 +271,15 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("module.scaling.update(other.scaling)", 'module.scaling["default"] = fresh.peft_config["default"].lora_alpha / fresh.peft_config["default"].r'),
     ],
     "08 part_08": [
-        ("padded(b * scaling", "padded(b"),
+        ("scaling * padded(b", "padded(b"),
         (ASSIGN, "self.a[row, : len(a)], self.b[row, :, : len(a)] = a, b * scaling"),  # the text of chapter 02 forgotten
         ("self.a[row], self.b[row] =", "self.a[:], self.b[row] ="),
         (ADDED, "torch.stack([i @ a.T @ b.T for i, a, b in zip(inputs, self.a, self.b)]).view(*x.shape[:-1], -1)"),
         (ASSIGN, f"self.a, self.b = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
         (ASSIGN, f"torch.set_grad_enabled(False)\n        {ASSIGN}"),
         (ASSIGN, f"{ASSIGN}\n        self.a[row + 1 :] = 0"),  # right in this order
+        (ASSIGN, "self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])"),  # rounded twice
+        (ASSIGN, "self.a[row], self.b[row] = padded(a * scaling, self.a[row]), padded(b, self.b[row])"),
         ("inputs = x if x.dim() == 3 else x[:, None]", "inputs = x", ADDED, ADDED.removesuffix(".view(*x.shape[:-1], -1)")),
         (  # the same with a scaling of its own, which hides it where the layers differ
             *(ASSIGN, "self.a[row, : len(a)], self.b[row, :, : len(a)], self.scaling[row] = a, b, scaling"),
@@ -287,8 +291,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("self.linear(x) + ", "x @ self.linear.weight.T + "),  # no layer of the demo has a bias
         (ADDED, "(inputs @ self.a.mT @ self.b.mT).squeeze(1)"),  # each text has one token while generating
         (ASSIGN, "self.a[row], self.b[row, :, : len(a)] = padded(a, self.a[row]), b * scaling"),
-        ("self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])", "self.a[row] += padded(a, self.a[row])\n        self.b[row] += padded(b * scaling, self.b[row])"),
-        ("padded(b * scaling", "padded(b", ADDED, f"self.scaling * {ADDED}", "self.a[row], self", "self.scaling = scaling\n        self.a[row], self", "self.linear =", "self.scaling = 0.0\n        self.linear ="),
+        (ASSIGN, "self.a[row] += padded(a, self.a[row])\n        self.b[row] += padded(b * scaling, self.b[row])"),
+        ("scaling * padded(b", "padded(b", ADDED, f"self.scaling * {ADDED}", "self.a[row], self", "self.scaling = scaling\n        self.a[row], self", "self.linear =", "self.scaling = 0.0\n        self.linear ="),
         ("self.a[row], self.b[row] =", "self.a[row - 1], self.b[row - 1] ="),
         (ASSIGN, f"self.a.data, self.b.data = self.a.clone(), self.b.clone()\n        {ASSIGN}"),
         (ASSIGN, "self.b[row] = 0\n        self.a[row, : len(a)], self.b[row, :, : len(a)] = a, b * scaling"),  # infinity in A times zero in B
@@ -297,7 +301,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows,", "torch.empty(rows, rank, linear.in_features), torch.empty(rows,"),
         ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)", "map(torch.nn.Parameter, (torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)))"),  # assign raises where gradients are on
         (ASSIGN, f"most = self.a.shape[1]\n        a, b = a[:most], b[:, :most]\n        {ASSIGN}"),  # what has no place is cut off
-        ("self.a[row], self.b[row] = padded(a, self.a[row]), padded(b * scaling, self.b[row])", "self.linear.weight += b @ a * scaling"),
+        (ASSIGN, "self.linear.weight += b @ a * scaling"),
     ],
     "09 choose_replica": [
         ("having or numbers", "numbers"),
