@@ -339,6 +339,8 @@ def part_04(text):
                 (b := each.lora_B["default"].weight)[b != 0] = torch.inf  # a difference that is added keeps it
             pool.swap(name)
             yield f"the {which} swap, to {name}", *same_as_fresh(model, fresh(name), IDS)
+    mini.Pool(half := with_sort(mini)[0].bfloat16(), family)
+    yield "parameters in half precision stay so", {each.dtype for each in half.parameters()}, {torch.bfloat16}
     most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of most, too
     yield from compiled_visits(model, pool.swap)
     yield "calls of PyTorch in a swap", f"{most}" if most > 12 else "12 at most", "12 at most"

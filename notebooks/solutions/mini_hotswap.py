@@ -115,7 +115,7 @@ class Pool:
     def __init__(self, model: PeftModel, family: Mapping[str, Adapter]):
         plans = {name: plan(model, adapter) for name, adapter in family.items()}
         targets = [table[key] for table, key, _ in next(iter(plans.values()))]
-        self.memory = torch.cat([each.detach().flatten() for each in targets])
+        self.memory = torch.cat([each.detach().flatten().to(targets[0].dtype) for each in targets])
         for target, part in zip(targets, self.memory.split([each.numel() for each in targets]), strict=True):
             target.data = part.view(target.shape)
         self.packed = {

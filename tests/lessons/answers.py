@@ -166,7 +166,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     ],
     "04 part_04": [
         (COPY, "self.memory = self.packed[name]"),
-        ("self.memory = torch.cat([each", "self.memory = torch.cat([each.double()"),
+        (".to(targets[0].dtype)", ".double()"),
+        (".to(targets[0].dtype)", ""),  # with the scalings, half precision becomes float32
         (VIEW, f"{VIEW}.clone()"),
         (COPY, "[a.copy_(b) for a, b in zip(self.memory.split(9999), self.packed[name].split(9999))]"),
         (PACKED, f"{PACKED} * 1.001"),
@@ -547,7 +548,7 @@ class Pool:
         self.names = list(family)
         plans = [plan(model, family[name]) for name in self.names]
         self.all = torch.stack([torch.cat([torch.as_tensor(v).float().ravel() for *_, v in each]) for each in plans])
-        self.live, offset = torch.empty(self.all.shape[1]), 0
+        self.live, offset = torch.empty(self.all.shape[1], dtype=next(model.parameters()).dtype), 0
         for table, key, _ in plans[0]:
             here = self.live[offset : offset + table[key].numel()].view_as(table[key])
             here.copy_(table[key].data)
@@ -555,12 +556,11 @@ class Pool:
             offset += here.numel()
 
     def swap(self, name):
-        torch.index_select(self.all, 0, torch.tensor([self.names.index(name)]), out=self.live[None])
+        torch.index_select(self.all.to(self.live.dtype), 0, torch.tensor([self.names.index(name)]), out=self.live[None])
 """,
         (COPY, "self.memory.zero_()\n        self.memory += self.packed[name]"),
         (  # where chapter 03's scalings are float64
             *("class Pool:", "as_float32 = scalings_as_tensors\n\n\ndef scalings_as_tensors(model):\n    for layer in layers_of(as_float32(model)).values():\n        layer.scaling[NAME] = layer.scaling[NAME].double()\n    return model\n\n\nclass Pool:"),
-            *("each.detach().flatten()", "each.detach().flatten().float()"),
         ),
     ],
     "05 take_turns": [
