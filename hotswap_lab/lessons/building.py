@@ -244,6 +244,10 @@ def part_01b(text):
         yield f"write {name}", *same_as_fresh(live, fresh(name), IDS)
         yield "all tensors stay at their addresses, trained as before", addresses(live) == places, True
         yield "triples for a layer, whether or not the adapter has it", len(writes) / len(before) * 3, 3
+        others = [
+            key for table, key, value in writes if key == "weight" and getattr(value, "shape", 0) != table[key].shape
+        ]
+        yield "values that are no tensors of the shape of their place", len(others), 0
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
     new = {path: (a, b, float(number)) for number, (path, (a, b, _)) in enumerate(new.items())}
     planned = {float(value) for _, key, value in mini.plan(live, new) if key == "default"}
@@ -254,9 +258,11 @@ def part_01b(text):
     for what, wrong in (("another rank", lower), ("a layer more", more), ("another layer", others)):
         yield what, refused(lambda wrong=wrong: mini.plan(live, wrong)), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
-    mini.write([(table := {"default": (tensor := torch.tensor(1.0))}, "default", 2.0)])
-    filled = table["default"] is tensor, float(tensor), tensor.requires_grad
-    yield "a scaling that is a tensor: the same one, its value, whether it is trained", filled, (True, 2.0, False)
+    place = (tensor := torch.tensor(1.0, dtype=torch.float64)).data_ptr()
+    mini.write([(table := {"default": tensor}, "default", 2.0)])
+    filled = table["default"] is tensor, tensor.data_ptr() == place, float(tensor), tensor.dtype, tensor.requires_grad
+    expected = True, True, 2.0, torch.float64, False
+    yield "a scaling that is a tensor: the same one, its memory, value, dtype, whether it is trained", filled, expected
     mini.padded = lambda values, room: torch.full_like(room, 7)
     sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]
     yield "tensors in a plan that padded has made", sum(sevens), len(sevens)

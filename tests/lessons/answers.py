@@ -83,6 +83,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
+        ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(1, 1), torch.zeros(1, 1)", "values = padded(a, room_a), padded(b, room_b)", "values = (padded(a, room_a), padded(b, room_b)) if path in adapter else (a, b)"),
+        (WRITE, "if key == 'weight':\n                    table[key].copy_(value)\n                else:\n                    table[key].data = torch.tensor(value)"),
         # only write raises
         ("    return writes", "    return [None] if adapter.keys() - layers.keys() else writes", "    if missing := adapter.keys() - layers.keys():\n", "    if missing := '':\n", "    with torch.no_grad():\n", "    if writes == [None]:\n        raise ValueError\n    with torch.no_grad():\n"),
         ("writes.append((layer", "write(writes[-2:])\n        writes.append((layer"),

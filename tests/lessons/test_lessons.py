@@ -191,6 +191,11 @@ def test_a_trick_that_is_the_same_for_each_word(capsys):
     assert judged(capsys, trick=lambda word: "x")["a new trick"] == ("✗", "hotswap -> x, whatever the word is")
 
 
+def test_a_trick_that_leaves_the_word_that_is_asked_as_it_is(capsys):
+    found = judged(capsys, trick=lambda word: word.replace("e", "3"))["a new trick"]
+    assert found == ("✗", "hotswap -> hotswap, the same word")
+
+
 @pytest.mark.parametrize("trick", [lambda word: word[:1], lambda word: word + "?"])
 def test_a_trick_that_is_new(capsys, trick):
     assert judged(capsys, trick=trick)["a new trick"][0] == "✓"
