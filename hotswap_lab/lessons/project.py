@@ -26,7 +26,7 @@ MINE = "mine"
 def a_new_trick(trick: Callable[[str], str]) -> tuple[bool, str]:
     known = [f"as {name} does" for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
     known += [] if len({trick(word) for word in WORDS}) > 1 else ["whatever the word is"]
-    known += ["the same word"] if trick("hotswap") == "hotswap" else []
+    known = known or (["the same word"] if trick("hotswap") == "hotswap" else [])
     return not known, ", ".join([f"hotswap -> {trick('hotswap')}", *known])
 
 
