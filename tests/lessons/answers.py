@@ -214,6 +214,9 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("    pool.swap(name)\n", "", "    return logits", "    pool.swap(name)\n    return logits"),
         ("    pool.swap(name)\n", ""),
         ("    chat.forget()\n", ""),
+        ("    return logits", "    pool.off()\n    return logits"),
+        ("    return logits", "    chat.forget()\n    return logits"),
+        ("    pool.swap(name)\n", "    before = pool.active\n    pool.swap(name)\n", "    return logits", "    pool.swap(before or name)\n    return logits"),
         # what the adapter answered is behind the prompt
         ("    pool.swap(name)\n", "    same = pool.active == name\n    pool.swap(name)\n", "        chat.restore(saved)\n", "        if not same:\n            chat.restore(saved)\n"),
         ("kept.get(name, ", "kept.get('both', ", "kept[name] =", "kept['both'] ="),
