@@ -248,6 +248,8 @@ def part_01b(text):
             key for table, key, value in writes if key == "weight" and getattr(value, "shape", 0) != table[key].shape
         ]
         yield "values that are no tensors of the shape of their place", len(others), 0
+    half = {path: values for number, (path, values) in enumerate(mini.read(FOLDERS["sort"]).items()) if number % 2}
+    yield "planning half of sort, of several ranks", refused(lambda: mini.plan(demo.load("sort")[0], half)), "no error"
     new, before = mini.read(FOLDERS["vowels_up"]), tensors_of(live)
     new = {path: (a, b, float(number)) for number, (path, (a, b, _)) in enumerate(new.items())}
     planned = {float(value) for _, key, value in mini.plan(live, new) if key == "default"}
@@ -289,6 +291,7 @@ def part_02(text):
     expected = torch.nn.functional.pad(values, (0, 2, 0, 2)).half()
     yours = mini.padded(values, room)
     yield "2 x 3 in 4 x 5", *first_difference({"padded": yours}, {"padded": expected})
+    yield "values and room stay as they are", (values.sum().item(), room.min().item()), (21.0, torch.inf)
     yield "the dtype, also where all is full", {yours.dtype, mini.padded(room.float(), room).dtype}, {room.dtype}
     yield "a new tensor, also where all is full", mini.padded(room, room).data_ptr() == room.data_ptr(), False
     for rows, columns in ((5, 4), (4, 6), (3, 6)):

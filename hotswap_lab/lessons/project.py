@@ -24,10 +24,17 @@ MINE = "mine"
 
 
 def a_new_trick(trick: Callable[[str], str]) -> tuple[bool, str]:
-    known = [f"as {name} does" for name, task in demo.TASKS.items() if all(trick(word) == task(word) for word in WORDS)]
-    known += [] if len({trick(word) for word in WORDS}) > 1 else ["whatever the word is"]
-    known = known or (["the same word"] if trick("hotswap") == "hotswap" else [])
-    return not known, ", ".join([f"hotswap -> {trick('hotswap')}", *known])
+    said = {word: trick(word) for word in [*WORDS, "hotswap"]}
+    text = [each for each in said.values() if isinstance(each, str) and each.isascii() and each.isprintable()]
+    faults = {f"as {name} does": all(said[word] == task(word) for word in said) for name, task in demo.TASKS.items()}
+    faults |= {
+        "not printable ASCII, 40 characters at most": len(text) < len(said) or max(map(len, text)) > 40,
+        "whatever the word is": len({*text}) == 1,
+        "another answer each time": any(trick(word) != answer for word, answer in said.items()),
+        "the same word": said["hotswap"] == "hotswap",
+    }
+    found = [fault for fault, is_so in faults.items() if is_so][:1]
+    return not found, ", ".join([f"hotswap -> {said['hotswap']}", *found])
 
 
 def trained(trick: Callable[[str], str], adapter: str) -> tuple[bool, str]:

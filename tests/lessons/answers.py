@@ -85,6 +85,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
         ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(1, 1), torch.zeros(1, 1)", "values = padded(a, room_a), padded(b, room_b)", "values = (padded(a, room_a), padded(b, room_b)) if path in adapter else (a, b)"),
         (WRITE, "if key == 'weight':\n                    table[key].copy_(value)\n                else:\n                    table[key].data = torch.tensor(value)"),
+        ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(8, room_a.shape[1]), torch.zeros(len(room_b), 8)"),
         # only write raises
         ("    return writes", "    return [None] if adapter.keys() - layers.keys() else writes", "    if missing := adapter.keys() - layers.keys():\n", "    if missing := '':\n", "    with torch.no_grad():\n", "    if writes == [None]:\n        raise ValueError\n    with torch.no_grad():\n"),
         ("writes.append((layer", "write(writes[-2:])\n        writes.append((layer"),
@@ -112,6 +113,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (SPACE, "whole = room.clone()"),
         (SPACE, "whole = room * 0"),
         (SPACE, "whole = room.zero_()"),
+        (SPACE, "whole = room.detach().zero_().clone()"),
         (SPACE, f"if values.shape == room.shape:\n        return values\n    {SPACE}"),
         (SPACE, f"if values.shape == room.shape:\n        return values.to(room.dtype)\n    {SPACE}"),
         (SPACE, f"if values.shape == room.shape:\n        return values.clone()\n    {SPACE}"),

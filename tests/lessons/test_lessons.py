@@ -191,9 +191,20 @@ def test_a_trick_that_is_the_same_for_each_word(capsys):
     assert judged(capsys, trick=lambda word: "x")["a new trick"] == ("✗", "hotswap -> x, whatever the word is")
 
 
-def test_a_trick_that_leaves_the_word_that_is_asked_as_it_is(capsys):
-    found = judged(capsys, trick=lambda word: word.replace("e", "3"))["a new trick"]
-    assert found == ("✗", "hotswap -> hotswap, the same word")
+@pytest.mark.parametrize(
+    ("trick", "why"),
+    [
+        (lambda word: word.replace("e", "3"), "the same word"),
+        (lambda word: word.replace("t", "é"), "not printable ASCII, 40 characters at most"),
+        (lambda word: word * 9, "not printable ASCII, 40 characters at most"),
+        (len, "not printable ASCII, 40 characters at most"),
+        (lambda word: f"{word}{time.perf_counter_ns()}", "another answer each time"),
+        (lambda word: word[::-1], "as reverse does"),
+    ],
+)
+def test_a_trick_that_is_none(capsys, trick, why):
+    mark, said = judged(capsys, trick=trick)["a new trick"]
+    assert (mark, said.partition(", ")[2]) == ("✗", why)
 
 
 @pytest.mark.parametrize("trick", [lambda word: word[:1], lambda word: word + "?"])
