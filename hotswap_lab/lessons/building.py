@@ -320,12 +320,14 @@ def part_03(text):
     yield "sort is still in the model", *same_as_fresh(model, fresh("sort"), IDS)
     yield from compiled_visits(model, lambda name: mini.write(mini.plan(model, family[name])))
     split = prepared(mini)[0]
-    split.get_base_model().model.layers.to("meta")  # and the rest stays where it is
+    for each in mini.layers_of(split).values():
+        each.lora_A.to("meta")  # and the rest stays where it is
+        each.lora_B.to("meta")
     next(iter(mini.layers_of(split).values())).scaling["default"] = 1
     yield "you return the model itself", (on_meta := mini.scalings_as_tensors(split)) is split, True
     scalings = [torch.as_tensor(each.scaling["default"]) for each in mini.layers_of(on_meta).values()]
     kinds = {(each.dim(), str(each.device)) for each in scalings}
-    yield "axes and device of each scaling, where the layers are on meta", kinds, {(0, "meta")}
+    yield "axes and device of each scaling, where the adapter is on meta", kinds, {(0, "meta")}
     yield "scalings in floating point; one was 1, an int", {each.is_floating_point() for each in scalings}, {True}
 
 
@@ -348,8 +350,11 @@ def part_04(text):
                 (b := each.lora_B["default"].weight)[b != 0] = torch.inf  # a difference that is added keeps it
             pool.swap(name)
             yield f"the {which} swap, to {name}", *same_as_fresh(model, fresh(name), IDS)
-    mini.Pool(half := with_sort(mini)[0].bfloat16(), family)
+    mini.Pool(half := with_sort(mini)[0].bfloat16(), family).swap("shout")
     yield "parameters in half precision stay so", {each.dtype for each in half.parameters()}, {torch.bfloat16}
+    firsts = {path: layer.lora_A["default"].weight[0] for path, layer in mini.layers_of(half).items()}
+    same = all(torch.equal(firsts[path], a[0].bfloat16()) for path, (a, _, _) in family["shout"].items())
+    yield "a swap in half precision arrives", same, True
     most = max(calls(pool.swap, name) for name in FOLDERS)  # the first of most, too
     yield from compiled_visits(model, pool.swap)
     yield "calls of PyTorch in a swap", f"{most}" if most > 12 else "12 at most", "12 at most"

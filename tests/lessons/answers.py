@@ -139,6 +139,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     ],
     "03 part_03": [
         ("    return model", ""),
+        (TENSOR, TENSOR.replace("lora_A[NAME]", "base_layer")),
         ("    return model", "        return model"),
         ("    for layer", "    import copy\n    model = copy.deepcopy(model)\n    for layer"),
         ("in layers_of(model).values():", "in [*layers_of(model).values()][1:]:"),
@@ -171,6 +172,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     "04 part_04": [
         (COPY, "self.memory = self.packed[name]"),
         (".to(targets[0].dtype)", ".double()"),
+        (".to(targets[0].dtype)", "", VIEW, f"{VIEW}.to(target.dtype)"),
         (".to(targets[0].dtype)", ""),  # with the scalings, half precision becomes float32
         (VIEW, f"{VIEW}.clone()"),
         (COPY, "[a.copy_(b) for a, b in zip(self.memory.split(9999), self.packed[name].split(9999))]"),
