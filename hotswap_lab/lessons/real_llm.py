@@ -184,17 +184,24 @@ def take_turns(solution):
     pool = AdapterPool(model, adapters=adapters, progress=False)
     fresh = {name: demo.load(name)[0] for name in pool}
     chat, kept = Chat(model, tokenizer, chunk=8, room=96), {}
+    pool.swap("pig_latin")
+    chat.read(tokenizer("swap>", return_tensors="pt")["input_ids"][0])
     read = chat.reader.read = Mock(wraps=chat.reader.read)  # notes the parts that it is given
     for number, (name, text, count) in enumerate(TURNS, 1):
         ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
         read.reset_mock()
         logits = solution(chat, pool, kept, name, ids)
-        if not isinstance(logits, Tensor):
-            yield "what you return", type(logits).__name__, "Tensor"
-            return
         with torch.no_grad():
             expected = fresh[name](input_ids=torch.cat([ids, ids[:2]])[None]).logits[0]
+        kinds = [
+            (type(each).__name__, *getattr(each, "shape", ()), getattr(each, "dtype", ""))
+            for each in (logits, expected[-3])
+        ]
+        if kinds[0] != kinds[1]:
+            yield "what you return", *kinds
+            return
         yield f"turn {number}: logits equal a fresh load's", torch.allclose(logits, expected[-3], atol=1e-3), True
         yield f"turn {number}: tokens read", sum(len(call.args[0][0]) for call in read.call_args_list), count
         answer = chat.read(ids[:2])
+        pool.strength = 0.5  # by somebody else
         yield f"turn {number}: it stays in for the answer", torch.allclose(answer, expected[-1], atol=1e-3), True
