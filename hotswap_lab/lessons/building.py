@@ -297,10 +297,10 @@ def part_02(text):
     for rows, columns in ((5, 4), (4, 6), (3, 6)):
         no_place = refused(lambda rows=rows, columns=columns: mini.padded(torch.ones(rows, columns), room))
         yield f"{rows} x {columns} has no place in 4 x 5", no_place, "ValueError"
-    # two adapters with other ranks in each layer, the higher one now here, now there; every third layer is left out
+    # two adapters with other ranks in each layer, the higher one now here, now there; 0 is for layers that one lacks
     whole = mini.read(FOLDERS["pig_latin"])
-    ranks = {path: (n % 7 + 1, 16 - n) for n, path in enumerate(whole) if n % 3}
-    two = [{p: (whole[p][0][: r[i]], whole[p][1][:, : r[i]], 1.0) for p, r in ranks.items()} for i in (0, 1)]
+    ranks = {path: (n % 7, n % 5) for n, path in enumerate(whole) if n % 3}
+    two = [{p: (whole[p][0][: r[i]], whole[p][1][:, : r[i]], 1.0) for p, r in ranks.items() if r[i]} for i in (0, 1)]
     model = mini.prepare(base := demo.load_base(), two)
     yield "training", model.training, False
     yield "the model is around the base that you are given", model.get_base_model() is base, True

@@ -135,6 +135,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("get_peft_model(base,", "get_peft_model(__import__('copy').deepcopy(base),"),
         ("target_modules=[*ranks]", "target_modules={path.split('.')[-1] for path in ranks}"),
         ("for adapter in family:", "for adapter in family[:1]:"),
+        ("for adapter in family:", "for adapter in [max(family, key=len)]:"),
+        ("target_modules=[*ranks]", "target_modules=[*adapter]"),
         (".eval()", ""),
     ],
     "03 part_03": [
