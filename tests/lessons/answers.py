@@ -177,7 +177,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (".to(targets[0].dtype)", "", VIEW, f"{VIEW}.to(target.dtype)"),
         (".to(targets[0].dtype)", ""),  # with the scalings, half precision becomes float32
         (VIEW, f"{VIEW}.clone()"),
-        (COPY, "[a.copy_(b) for a, b in zip(self.memory.split(9999), self.packed[name].split(9999))]"),
+        (COPY, "[a.copy_(b) for a, b in zip(self.memory.split(999), self.packed[name].split(999))]"),
         (PACKED, f"{PACKED} * 1.001"),
         (PACKED, f"self.memory.copy_({PACKED})"),  # all of them the same memory, with the last adapter in it
         (PACKED, f"{PACKED}[: sum(a.numel() + b.numel() for a, b, _ in family[name].values())]", COPY, "self.memory[: len(self.packed[name])] = self.packed[name]"),
@@ -212,6 +212,9 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (SAME, "True"),
         (SAME, "len(read) and ids[0] == read[0]"),
         (SAME, "len(read) < len(ids)"),
+        (SAME, "len(read) < len(ids) and torch.equal(ids[: len(read) - 1], read[:-1])"),
+        (SAME, "len(read) < len(ids) and ids[: len(read)].sum() == read.sum()"),
+        ("        chat.restore(saved)\n", "        if chat.length != len(read):\n            chat.restore(saved)\n", "    chat.forget()\n", "", "    logits =", "    else:\n        chat.forget()\n    logits =", "ids[chat.length :]", "ids[len(read) if torch.equal(ids[: len(read)], read) and len(read) < len(ids) else 0 :]"),
         (SAME, "0 < len(read) < len(ids) and (read[0], read[-1]) == (ids[0], ids[len(read) - 1])"),
         (SAME, "torch.equal(ids[: len(read)], read)"),  # nothing is left to read of the same prompt again
         (SAME, "0 < len(read) <= len(ids) and read[0] == ids[0]"),
@@ -574,6 +577,39 @@ class Pool:
         torch.index_select(self.all.to(self.live.dtype), 0, torch.tensor([self.names.index(name)]), out=self.live[None])
 """,
         (COPY, "self.memory.zero_()\n        self.memory += self.packed[name]"),
+        # rank-major: the matrices of the same room side by side, and row j is row j of each lora_A and column j of each lora_B
+        """
+class Pool:
+    def __init__(self, model, family):
+        layers, groups = layers_of(model), {}
+        for path, layer in layers.items():
+            groups.setdefault(len(layer.lora_A[NAME].weight), []).append(path)
+        with torch.no_grad():
+            self.arenas, self.rows = [], {name: [] for name in family}
+            for paths in groups.values():
+                pairs = [(layers[path].lora_A[NAME].weight, layers[path].lora_B[NAME].weight) for path in paths]
+                arena = torch.cat([each for a, b in pairs for each in (a, b.T)], dim=1)
+                places = iter(arena.split([size for a, b in pairs for size in (a.shape[1], len(b))], dim=1))
+                for a, b in pairs:
+                    a.data, b.data = next(places), next(places).T
+                self.arenas.append(arena)
+                for name, adapter in family.items():
+                    rank = max([len(adapter[path][0]) for path in paths if path in adapter], default=0)
+                    made = {id(table): value for table, _, value in plan(model, adapter)}
+                    parts = [(made[id(layers[path].lora_A[NAME]._parameters)], made[id(layers[path].lora_B[NAME]._parameters)]) for path in paths]
+                    self.rows[name].append(torch.cat([each for a, b in parts for each in (a, b.T)], dim=1)[:rank])
+            self.s = torch.stack([layer.scaling[NAME] for layer in layers.values()])
+            for layer, place in zip(layers.values(), self.s):
+                layer.scaling[NAME].data = place
+            self.scalings = {name: torch.tensor([float(adapter[path][2]) if path in adapter else 0.0 for path in layers]) for name, adapter in family.items()}
+
+    def swap(self, name):
+        with torch.no_grad():
+            for arena, rows in zip(self.arenas, self.rows[name]):
+                arena[: len(rows)] = rows
+                arena[len(rows) :] = 0
+            self.s.copy_(self.scalings[name])
+""",
         (  # where chapter 03's scalings are float64
             *("class Pool:", "as_float32 = scalings_as_tensors\n\n\ndef scalings_as_tensors(model):\n    for layer in layers_of(as_float32(model)).values():\n        layer.scaling[NAME] = layer.scaling[NAME].double()\n    return model\n\n\nclass Pool:"),
         ),
