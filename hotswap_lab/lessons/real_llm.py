@@ -176,7 +176,7 @@ TURNS = (
     *[("pig_latin", "kernel", 6)] * 2,
     ("pig_latin", "kernek>x", 8),
     ("pig_latin", "kenrek>x>y", 10),
-    ("pig_latin", "kernel>matrox>voicedoorways>s", 29),
+    ("pig_latin", "colonel>matrix>voicedoorways>", 29),
     ("reverse", "kernel>matrox>voicedoorways>s>x>ab", 3),
 )
 
