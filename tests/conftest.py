@@ -115,8 +115,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Kernels come out of a process that has imported what they need; elsewhere, a fork isn't safe or isn't there."""
-    if platform.system() == "Linux":
+    """Kernels come out of a process that has imported what they need; elsewhere, a fork isn't safe or isn't there.
+
+    Where Ray is, each starts by itself: Ray has not been tried in one that was forked.
+    """
+    if platform.system() == "Linux" and not find_spec("ray"):
         local_provisioner.launch_kernel = warm_kernels.launch_kernel
 
 
