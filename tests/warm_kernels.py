@@ -51,8 +51,9 @@ class Forked:
 
 @functools.cache
 def warm() -> subprocess.Popen:
-    """The process with the imports. It ends with this one, since its input does."""
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """The process with the imports. It ends with this one, since its input does; Ctrl-C is not for it."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)
 
 
 def launch_kernel(command: list[str], **options: Any) -> Any:

@@ -208,5 +208,5 @@ def take_turns(solution):
         yield f"turn {number}: logits equal a fresh load's", torch.allclose(logits, expected[-3], atol=1e-3), True
         yield f"turn {number}: tokens read", sum(len(call.args[0][0]) for call in read.call_args_list), count
         answer = chat.read(ids[:2])
-        pool.strength = 0.5  # by somebody else
+        pool.strength = 0.5  # as other code may
         yield f"turn {number}: it stays in for the answer", torch.allclose(answer, expected[-1], atol=1e-3), True
