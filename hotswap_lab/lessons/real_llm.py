@@ -163,7 +163,8 @@ def same_base(model: PeftModel) -> torch.nn.Module:
 
 #: who answers which prompt, and how many tokens must be read for it. The fourth begins a conversation, the seventh one
 #: that differs in the middle only, with which the other adapter goes on; the next two are the same; then one differs in
-#: the last token only, and one has the same letters; before the last, as many tokens are read as the other had read
+#: the last token only (33 for 3: as text, 33 begins with 3), and one has the same letters; before the last, which goes
+#: on by one token, as many tokens are read as the other had read
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),
@@ -173,11 +174,11 @@ TURNS = (
     ("pig_latin", "kernel>matrix>voicedoorways", 4),
     ("pig_latin", "kernel>matrox>voicedoorways>s", 29),
     ("reverse", "kernel>matrox>voicedoorways>s>x", 31),
-    *[("pig_latin", "kernel", 6)] * 2,
-    ("pig_latin", "kernek>x", 8),
-    ("pig_latin", "kenrek>x>y", 10),
+    *[("pig_latin", "kernel ", 7)] * 2,
+    ("pig_latin", "kernel>x", 8),
+    ("pig_latin", "kenrel>x>y", 10),
     ("pig_latin", "colonel>matrix>voicedoorways>", 29),
-    ("reverse", "kernel>matrox>voicedoorways>s>x>ab", 3),
+    ("reverse", "kernel>matrox>voicedoorways>s>x>", 1),
 )
 
 
