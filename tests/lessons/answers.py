@@ -205,6 +205,22 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
             *(COPY, f"{COPY}\n        for (table, key, _), (_, _, value) in zip(self.plans[name], self.plans[name]):\n            if key != 'weight':\n                table[key] = torch.tensor(float(value))"),
             *("        plans =", "        self.plans = plans ="),
         ),
+        (  # what others have written is left where the adapter has nothing
+            *(COPY, "used = self.packed[name] != 0\n        self.memory[self.used] = 0\n        self.memory[used] = self.packed[name][used]\n        self.used = used"),
+            *("        self.packed =", "        self.used = self.memory != 0\n        self.packed ="),
+        ),
+        (  # one call for each layer
+            *(COPY, "for to, of in self.layers[name]:\n            torch._foreach_copy_(to, of)"),
+            *("        self.packed =", "        split = lambda all: [all[at : at + 3] for at in range(0, len(all), 3)]\n        self.layers = {name: [*zip(split([table[key].data for table, key, _ in writes]), split([torch.as_tensor(value) for *_, value in writes]))] for name, writes in plans.items()}\n        self.packed ="),
+        ),
+        (  # the first swap moves the tensors
+            *("            target.data =", "            self.later.append((target, part.view(target.shape)))\n            continue\n            target.data =", "        plans =", "        self.later = []\n        plans ="),
+            *(COPY, f"for target, part in self.later:\n            target.data = part\n        {COPY}"),
+        ),
+        (  # the layers that one of the family has
+            *("        plans =", "        paths = {path for each in family.values() for path in each}\n        some = {id(t) for path, layer in layers_of(model).items() if path in paths for t in (layer.lora_A[NAME]._parameters, layer.lora_B[NAME]._parameters, layer.scaling)}\n        plans ="),
+            *("plan(model, adapter)", "[each for each in plan(model, adapter) if id(each[0]) in some]"),
+        ),
         ("        self.memory.copy_(", "        torch._foreach_copy_(self.targets, self.parts[", "self.packed[name])", "name])", "        for target, part", "        self.targets = targets\n        self.parts = {name: [torch.as_tensor(value) for *_, value in writes] for name, writes in plans.items()}\n        for target, part"),  # not where gradients are on
     ],
     "05 take_turns": [
