@@ -106,7 +106,7 @@ class Room:
         The state of the adapter in it.
     """
 
-    #: for subclasses: the adapter of each row of a batch, None for no adapter; empty if all rows have the same
+    #: for subclasses: the adapter of each row of a batch, None for no adapter; empty after a swap
     assigned: tuple[Packed | None, ...] = ()
     #: the function that lays out its memory
     new_bands: Callable[..., list[Band]] = staticmethod(build_arena)

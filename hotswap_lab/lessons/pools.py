@@ -11,11 +11,11 @@ from ..bench import Settings, make_base
 from ..swap import resolve_slot, save_adapter
 
 
-def smol(blocks: int = 30) -> PeftModel:
+def smol(blocks: int = 30, own: bool = False) -> PeftModel:
     """A model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
 
-    A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. The
-    adapter's tensors have the sizes of the real model's, and every layer has its own.
+    A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. A call
+    reads them: with ``own``, each block has a copy. Every layer has its own adapter, of the real model's sizes.
 
     >>> model = smol(blocks=2)
     >>> [tuple(tensor.parameter.shape) for tensor in resolve_slot(model, "default").layers[-1].tensors]
@@ -24,7 +24,7 @@ def smol(blocks: int = 30) -> PeftModel:
     base = make_base(Settings(model="smollm2", layers=1))
     first = base.model.layers[0]
     for number in range(1, blocks):
-        layer = copy.deepcopy(first, memo={id(parameter): parameter for parameter in first.parameters()})
+        layer = copy.deepcopy(first, memo={} if own else {id(each): each for each in first.parameters()})
         layer.self_attn.layer_idx = number
         base.model.layers.append(layer)
     base.config.num_hidden_layers = blocks

@@ -209,7 +209,7 @@ class AdapterPool:
 
     @property
     def rows(self) -> list[Row]:
-        """The adapter of each row of a batch, for labels on answers; empty if all rows have the same."""
+        """The adapter of each row of a batch, for labels on answers; empty after a swap, which is for all."""
         strength = self.strength if self._room.assigned else 1.0
         return [row_of(each, strength) for each in self._room.assigned]
 

@@ -82,6 +82,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("if missing := adapter.keys() - layers.keys():", "if missing := '':"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
+        ("layer.lora_A[NAME]._parameters", "layer.lora_A[NAME].state_dict()"),  # what a Pool does to the parameters is not seen
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
         ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(1, 1), torch.zeros(1, 1)", "values = padded(a, room_a), padded(b, room_b)", "values = (padded(a, room_a), padded(b, room_b)) if path in adapter else (a, b)"),
         (WRITE, "if key == 'weight':\n                    table[key].copy_(value)\n                else:\n                    table[key].data = torch.tensor(value)"),

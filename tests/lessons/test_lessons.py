@@ -29,6 +29,8 @@ def test_layers_of_the_large_model_share_base_weights_and_random_adapters_differ
     one, two = (layer.mlp.up_proj for layer in model.get_base_model().model.layers)
     assert one.base_layer.weight is two.base_layer.weight
     assert one.lora_A["default"].weight is not two.lora_A["default"].weight
+    blocks = pools.smol(blocks=2, own=True).get_base_model().model.layers
+    assert len({each.data_ptr() for each in blocks.parameters()}) == len([*blocks.parameters()])
     folders = pools.random_adapters(model, ["a", "b"], str(tmp_path))
     assert verify_hotswap(model, folders["b"])
     assert not verify_hotswap(model, folders["a"])
