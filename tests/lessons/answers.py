@@ -72,6 +72,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("adapter[path] = a, b, (alphas or [config.lora_alpha])[0] / divisor", "adapter[path] = a, b, round((alphas or [config.lora_alpha])[0] / divisor, 3)"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "r = config.rank_pattern.get(path.split('.')[-1], config.r)\n            divisor = r**0.5 if config.use_rslora else r"),
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
+        *((ENDS, f"config.alpha_pattern.get({name}, {ENDS})") for name in ("path", "path.split('.')[-1]")),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = config.r"),
         (ENDS, f"(config.lora_alpha if config.use_rslora else {ENDS})"),
@@ -82,6 +83,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("if missing := adapter.keys() - layers.keys():", "if missing := '':"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
+        ("adapter.keys() - layers.keys():", "[each for each in adapter if each.split('.')[-1] not in str(layers)]:"),
         ("layer.lora_A[NAME]._parameters", "layer.lora_A[NAME].state_dict()"),  # what a Pool does to the parameters is not seen
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
         ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(1, 1), torch.zeros(1, 1)", "values = padded(a, room_a), padded(b, room_b)", "values = (padded(a, room_a), padded(b, room_b)) if path in adapter else (a, b)"),
@@ -340,6 +342,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)", "map(torch.nn.Parameter, (torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)))"),  # assign raises where gradients are on
         (ASSIGN, f"most = self.a.shape[1]\n        a, b = a[:most], b[:, :most]\n        {ASSIGN}"),  # what has no place is cut off
         (ASSIGN, "self.linear.weight += b @ a * scaling"),
+        ("torch.zeros(rows, rank, linear.in_features), torch.zeros(rows, linear.out_features, rank)", "(torch.zeros(rows, *shape, dtype=torch.half) for shape in ((rank, linear.in_features), (linear.out_features, rank)))", ADDED, ADDED.replace(".mT", ".float().mT")),
     ],
     "09 choose_replica": [
         ("having or numbers", "numbers"),
