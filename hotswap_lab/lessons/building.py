@@ -215,9 +215,16 @@ def part_01(text):
         own |= {"up_proj": 13, "model.layers.2.mlp.up_proj": 15}
         more: dict[str, Any] = dict(alpha_pattern=own, rank_pattern={r"layers\.[13].*": 5}, use_rslora=True)
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **more)
-        get_peft_model(demo.load_base(), lora).save_pretrained(place)
-        for name, folder in {**FOLDERS, "patterns": place}.items():
-            truth = fresh(name) if name in FOLDERS else PeftModel.from_pretrained(demo.load_base(), place)
+        plain = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+        truths = {name: fresh(name) for name in FOLDERS}
+        for name, config, make in (
+            ("patterns", lora, demo.load_base),
+            ("a layer called linear", plain, lambda: torch.nn.ModuleDict({"linear": torch.nn.Linear(4, 4)})),
+        ):
+            get_peft_model(make(), config).save_pretrained(f"{place}/{name}")
+            truths[name] = PeftModel.from_pretrained(make(), f"{place}/{name}")
+        for name, truth in truths.items():
+            folder = FOLDERS.get(name, f"{place}/{name}")
             yours: dict[str, Any] = {}
             for path, values in mini.read(folder).items():
                 yours |= zip((f"{path}.lora_A", f"{path}.lora_B", f"{path}.scaling"), values, strict=True)
@@ -266,9 +273,9 @@ def part_01b(text):
         yield what, refused(lambda wrong=wrong: mini.plan(live, wrong)), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
     place = (tensor := torch.tensor(1.0, dtype=torch.float64)).data_ptr()
-    mini.write([(table := {"default": tensor}, "default", 2.0)])
+    mini.write([(table := {"default": tensor}, "default", 0.25)])
     filled = table["default"] is tensor, tensor.data_ptr() == place, float(tensor), tensor.dtype, tensor.requires_grad
-    expected = True, True, 2.0, torch.float64, False
+    expected = True, True, 0.25, torch.float64, False
     yield "a scaling that is a tensor: the same one, its memory, value, dtype, whether it is trained", filled, expected
     mini.padded = lambda values, room: torch.full_like(room, 7)
     sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]

@@ -79,6 +79,8 @@ def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 
     >>> first_difference({"a": torch.tensor([[1.0, 2]])}, {"a": torch.tensor([[1.0, 3]])})
     ('a[0, 1] is 2', 'a[0, 1] is 3')
+    >>> first_difference({"a": torch.nan, "b": torch.nan}, {"a": torch.nan, "b": 2})
+    ('b is nan', 'b is 2')
     >>> first_difference({"a": 1}, {"a": 1.0, "b": 2})
     ('no b', 'b')
     >>> first_difference({"a": 1}, {"a": 1.0})
@@ -90,7 +92,7 @@ def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> t
         pair = torch.as_tensor(yours[name]), torch.as_tensor(expected[name])
         if pair[0].shape != pair[1].shape:
             return tuple(f"{name} of shape {(*each.shape,)}" for each in pair)
-        far = ~torch.isclose(*(each.double() for each in pair), rtol=1e-4, atol=1e-4)
+        far = ~torch.isclose(*(each.double() for each in pair), rtol=1e-4, atol=1e-4, equal_nan=True)
         if far.any():
             at = far.nonzero()[0].tolist()
             return tuple(f"{name}{at or ''} is {each[(*at,)].item():.6g}" for each in pair)

@@ -74,6 +74,8 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         (ENDS, "(alphas[::-1] or [config.lora_alpha])[0]"),
         *((ENDS, f"config.alpha_pattern.get({name}, {ENDS})") for name in ("path", "path.split('.')[-1]")),
         ("path, a, b = match[1]", "path, a, b = match[1].split('.')[-1]"),
+        ('r"base_model\\.model\\.(.+)\\.lora_A\\.weight"', 'r".*(model\\.layers\\..+)\\.lora_A\\.weight"'),  # this model's names
+        ("path, a, b = match[1]", "path, a, b = key.removeprefix('base_model.model.').rstrip('.lora_A.weight')"),  # all of these letters
         ("divisor = len(a) ** 0.5 if config.use_rslora else len(a)", "divisor = config.r"),
         (ENDS, f"(config.lora_alpha if config.use_rslora else {ENDS})"),
     ],
@@ -84,6 +86,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
         ("if missing := adapter.keys() - layers.keys():", "if missing := [*adapter][len(layers) :]:"),
         ("if missing := adapter.keys() - layers.keys():", "if missing := adapter.keys() - dict(model.get_base_model().named_modules()).keys():"),
         ("adapter.keys() - layers.keys():", "[each for each in adapter if each.split('.')[-1] not in str(layers)]:"),
+        ("torch.zeros_like(room_b), 0.0", "torch.zeros_like(room_b), float('nan')"),  # zero times that
         ("layer.lora_A[NAME]._parameters", "layer.lora_A[NAME].state_dict()"),  # what a Pool does to the parameters is not seen
         ("    with torch.no_grad():\n", "    torch.set_grad_enabled(False)\n    if True:\n", "                table[key] = value", "                table[key] = value\n    torch.set_grad_enabled(True)"),
         ("torch.zeros_like(room_a), torch.zeros_like(room_b)", "torch.zeros(1, 1), torch.zeros(1, 1)", "values = padded(a, room_a), padded(b, room_b)", "values = (padded(a, room_a), padded(b, room_b)) if path in adapter else (a, b)"),
