@@ -273,9 +273,9 @@ def part_01b(text):
         yield what, refused(lambda wrong=wrong: mini.plan(live, wrong)), "ValueError"
         yield f"after {what}, nothing is written", *first_difference(tensors_of(live), before)
     place = (tensor := torch.tensor(1.0, dtype=torch.float64)).data_ptr()
-    mini.write([(table := {"default": tensor}, "default", 0.25)])
+    mini.write([(table := {"default": tensor}, "default", 0.375)])
     filled = table["default"] is tensor, tensor.data_ptr() == place, float(tensor), tensor.dtype, tensor.requires_grad
-    expected = True, True, 0.25, torch.float64, False
+    expected = True, True, 0.375, torch.float64, False
     yield "a scaling that is a tensor: the same one, its memory, value, dtype, whether it is trained", filled, expected
     mini.padded = lambda values, room: torch.full_like(room, 7)
     sevens = [bool((value == 7).all()) for _, key, value in mini.plan(live, new) if key == "weight"]
