@@ -57,6 +57,8 @@ NEEDS = {
 collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
 #: what the short form leaves out: solutions, which tests/lessons has too; what is about PEFT's own hotswap; recipes
 LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0], "notebooks/recipes"
+#: examples that start a process or a compiler, as a chapter does with the same names
+LONG_EXAMPLES = "lessons.building.in_new_process", "widgets.guards.Guards"
 
 
 #: files whose tests share what takes long to make: a kernel, a browser, processes, a file of compiled code
@@ -91,7 +93,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the notebooks that only the long command runs; skips what can't run, instead of failing in every cell."""
     for item in items:
-        if any(each in item.path.as_posix() for each in LONG_NOTEBOOKS):
+        if any(each in item.path.as_posix() for each in LONG_NOTEBOOKS) or item.name.endswith(LONG_EXAMPLES):
             item.add_marker(pytest.mark.long)
         if item.path.as_posix().endswith(NEEDS_PEFT[0]) and not version("peft").startswith(NEEDS_PEFT[1]):
             item.add_marker(pytest.mark.skip(reason=f"shows what PEFT {NEEDS_PEFT[1]} does; another one is installed"))

@@ -244,6 +244,7 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
         torch.export.export(pool.model, (), ids())
 
 
+@pytest.mark.long
 def test_reading_in_rows(tmp_path):
     """Three texts at once, each with an adapter of its own: chunks, then token by token. As servers do it."""
     folders = {name: save_random_adapter(LLAMA, tmp_path / name, seed) for seed, name in enumerate("abc")}

@@ -74,6 +74,7 @@ def granites(tmp_path_factory):
 # ---- calls
 
 
+@pytest.mark.long
 def test_arguments_by_position_and_by_default(granites):
     make, path = granites
     two = SimpleNamespace(first=make("other"), second=(model := make()))  # the second one has the name
@@ -97,6 +98,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.long
 def test_inputs_of_another_form(granites):
     """Compiled code takes what it gets for what it was compiled for, and would compute anything."""
     make, path = granites
@@ -321,7 +323,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", few_of(CHANGES, list(CHANGES)[::3]))
 def test_a_model_that_has_changed_since(granites, change):
     (make, path), (action, match) = granites, CHANGES[change]
     ahead = bind(path, model := make())

@@ -35,7 +35,7 @@ REFUSED = {
 #: what takes ten seconds (tests/test_ahead.py reads rows from a file that is compiled ahead in the short form), or half
 #: of one, with a neighbor that does the same without a compiler
 LATER = {
-    *(f"{name} x compiled" for name in ("DoRA", "LoHa", "half", "copies", "trained", "prepared")),
+    *(f"{name} x compiled" for name in ("DoRA", "LoHa", "half", "copies", "trained", "prepared", "several", "rows")),
     *(name for name in CELLS if "ahead" in name),
 }
 LATER |= {f"compiled x {name}" for name in ("merged", "saved", "copied", "disabled", "inference", "strength")}

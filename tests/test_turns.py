@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lengths import eventually
+from lengths import eventually, long
 from models import ARCHITECTURES, KINDS, call, load, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
 from peft import OFTConfig, get_peft_model
@@ -336,7 +336,7 @@ def use(pool: AdapterPool, name: str) -> None:
 
 
 @pytest.mark.usefixtures("python_sigint")
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [1, long(2)])
 def test_using_waits_to_put_back(model, folders, pool, presses):
     """However long it may wait otherwise. The first Ctrl-C has it wait on, and says so; the second one ends it."""
     (turn,), leaving = turns_of(bases_of(pool)), []
@@ -390,6 +390,7 @@ def test_a_writer_inside_a_writer_keeps_everybody_out(model):
     computing.result(30)
 
 
+@pytest.mark.long
 def test_a_swap_that_begins_at_any_line_of_entering_keeps_the_thread_out_or_waits_for_it(folders):
     tried = (enter_while_another_begins_to_write(load(KIND, folders["old"]), step) for step in itertools.count(1))
     outcomes = list(itertools.takewhile(lambda both: both is not None, tried))
@@ -1003,6 +1004,7 @@ def test_nested_blocks_of_a_task(pool):
     assert pool.active == "old"
 
 
+@pytest.mark.long
 def test_forty_tasks_and_five_threads(pool, folders):
     """In the order of arrival, and without a thread of the default executor to wait in."""
     inside, overlaps, order = [], [], []

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from adapters import save_all, with_base_weights, with_other_base_weights
-from lengths import few_of
+from lengths import few_of, long
 from lora_kinds import MODELS
 from models import ARCHITECTURES, Kind, call, llama, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs
@@ -109,7 +109,7 @@ def family(tmp_path, kind, *names: str) -> list[str]:
     return [changed, *others]
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("is_prepared", [long(False), True])
 @pytest.mark.parametrize("case", few_of(ANY_WEIGHT, ("norm", "adapted", "tied")))
 def test_any_base_weight_that_peft_overwrote_comes_back(tmp_path, monkeypatch, case, is_prepared):
     """All weights are compared, once; after that swap, what is lost is known. Names may be those of a PeftModel."""

@@ -98,9 +98,9 @@ def test_by_keyboard(opened):
     assert not any(part.locator(".alive-map").evaluate(PAINTED))
 
 
-@pytest.mark.parametrize(
-    ("size", "scheme"), [("phone", "dark"), long("wide", "light"), long("phone", "light"), long("wide", "dark")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("size", ["phone", "wide"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
     page, part = opened(size, scheme)
     answer = part.locator(".alive-answer output")

@@ -137,6 +137,7 @@ def test_another_word_or_swap_gives_a_new_guess(opened, how):
         expect(buttons.first).to_be_enabled()
 
 
+@pytest.mark.long
 def test_memory_answer_and_ribbon_move_together_by_keyboard(opened):
     _, part = opened()
     line, rows = part.get_by_role("slider", name="step of the swap"), part.locator(".halfway-bars i")
@@ -340,8 +341,9 @@ def test_the_code_can_be_copied(opened):
         expect(pre).to_be_visible()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("opened", few_of(PAGES, ["", PAGES[-1]]), indirect=True)
-@pytest.mark.parametrize(("size", "scheme"), [("phone", "dark"), long("tablet", "dark"), long("wide", "light")])
+@pytest.mark.parametrize(("size", "scheme"), [("phone", "dark"), ("tablet", "dark"), ("wide", "light")])
 def test_nothing_moves_or_is_cut_and_all_can_be_read(opened, size, scheme):
     page, part = opened(size, scheme)
     before = part.evaluate(PLACES)

@@ -292,7 +292,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("ready", few_of(("as it is", "prepared", "a pool", "rows"), ("prepared", "a pool")))
+@pytest.mark.parametrize("ready", few_of(("as it is", "prepared", "a pool", "rows"), ("prepared",)))
 @pytest.mark.parametrize("form", few_of(FROZEN, ("the model", "a layer alone")))
 def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     """No setting of the model or of the compiler shows it afterwards."""

@@ -125,6 +125,7 @@ ONE_FIELD = (
 )
 
 
+@pytest.mark.long
 def test_configs_of_all_forms(tmp_path):
     every, *forms = save_family(LLAMA, tmp_path, dict(r=4), *(dict(r=6, lora_alpha=5) | each for each in CONFIGS))
     model = load(LLAMA, every)
@@ -133,6 +134,7 @@ def test_configs_of_all_forms(tmp_path):
         assert_equals_fresh_load(model, LLAMA, folder)
 
 
+@pytest.mark.long
 def test_a_change_of_one_field_is_noticed(tmp_path):
     """What is known of one config's layers is kept for the next adapter, unless it depends on a field that differs."""
     config = dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj"])
@@ -203,7 +205,7 @@ NEWS = {
 }
 
 
-@pytest.mark.parametrize("new", NEWS)
+@pytest.mark.parametrize("new", few_of(NEWS, ("another rank", "fewer layers")))
 @pytest.mark.parametrize("start", STARTS)
 def test_from_any_state_of_the_model(tmp_path, start, new):
     given, family = STARTS[start], (NEWS["values"], NEWS[new], dict(r=3, target_modules=["first", "blocks.0"]))

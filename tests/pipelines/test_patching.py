@@ -238,6 +238,7 @@ def test_diffusers_keeps_the_adapter_where_a_swap_is_refused():
     assert_same_latents(pipe, SD.loaded(second))
 
 
+@pytest.mark.long
 def test_a_component_alone_keeps_its_adapter(monkeypatch):
     (first, same), (second,) = on_unet(1, 3, ends=ATTENTION[:2]), on_unet(2)
     pipe = SD.loaded(first)
@@ -270,6 +271,7 @@ def test_diffusers_swaps_all_components_or_none():
         pipe.load_lora_weights(second, adapter_name="style")
 
 
+@pytest.mark.long
 def test_diffusers_swaps_what_is_offloaded_in_groups():
     """It applies its hooks again, which :func:`hotswap_pipeline` doesn't: what can't be swapped so is refused."""
     first, second = on_unet(1, 2)

@@ -355,6 +355,7 @@ def test_a_component_that_the_new_file_has_nothing_for_is_off_until_one_comes_th
         assert_like_fresh(pipe, SD.loaded(source), SD)
 
 
+@pytest.mark.long
 def test_some_components_of_some():
     """Those that are chosen are as after a fresh load, or off; the others are left alone."""
     both = {"unet": ("to_q",), "text_encoder": ("q_proj",)}
@@ -445,7 +446,8 @@ def test_hooks_of_offloading_stay():
 # ---- strengths
 
 
-@pytest.mark.parametrize("prepared", [long(False), True])
+@pytest.mark.long
+@pytest.mark.parametrize("prepared", [False, True])
 def test_adapter_weights(prepared):
     """A weight from before the swap is gone, as after a fresh load; one that is set afterwards acts as usual."""
     old, new = lora(SD, seed=1), lora(SD, "kohya", seed=2, rank=2, alpha=3.0)
@@ -531,6 +533,7 @@ def wrong_files(folder: Path) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.long
 def test_what_is_wrong_with_the_file(tmp_path):
     pipe = SD.loaded(lora(SD))
     for source, match, *options in wrong_files(tmp_path).values():
@@ -548,6 +551,7 @@ def test_what_is_wrong_with_the_file(tmp_path):
 UNET_ONLY = {"unet": ATTENTION}
 
 
+@pytest.mark.long
 def test_a_component_without_the_adapter_is_refused():
     both = {**UNET_ONLY, "text_encoder": TEXT}
     pipe, new = SD.loaded(lora(SD, components=UNET_ONLY)), lora(SD, seed=2, components=both)

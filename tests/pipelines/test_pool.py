@@ -153,6 +153,7 @@ def test_a_mix():
     assert_same_latents(pipe, fresh)
 
 
+@pytest.mark.long
 def test_update():
     files = ten()
     pipe, pool = pool_of(files)
@@ -165,6 +166,7 @@ def test_update():
     assert_like_fresh(pipe, SD.loaded(files["style 8"]), SD)
 
 
+@pytest.mark.long
 def test_add_and_remove():
     files = {name: each for name, each in ten().items() if name in ("style 3", "style 4", "style 5")}
     pipe, pool = pool_of({"style 4": files.pop("style 4")})
@@ -209,6 +211,7 @@ def test_an_adapter_in_use_in_one_component_stays_in_all():
     assert [each.names for each in pool._pools.values()] == [["a"], ["a", "b"]]
 
 
+@pytest.mark.long
 def test_four_threads():
     files = ten()
     pipe, pool = pool_of(files)
@@ -252,6 +255,7 @@ def test_a_thread_in_one_component_holds_back_swaps_in_all():
                 refused_in(worker, swap)
 
 
+@pytest.mark.long
 def test_an_error_in_the_second_component_leaves_the_first_as_it_was():
     pipe, pool = pool_of({"a": lora(SD), "b": lora(SD, seed=2)})
     models = components_of(pipe)
@@ -266,6 +270,7 @@ def test_an_error_in_the_second_component_leaves_the_first_as_it_was():
     assert pool.active is None
 
 
+@pytest.mark.long
 def test_a_damaged_file_among_ten_is_refused_whole(tmp_path, monkeypatch):
     files, pipe = ten(), SD.loaded(lora(SD))
     models, wrong = components_of(pipe).values(), wrong_files(tmp_path)
@@ -308,6 +313,7 @@ def test_a_refusal_is_told_once(caplog):
     assert [each.event for each in caplog.records if each.name == "hotswap_lab"] == ["refusal"] * 3
 
 
+@pytest.mark.long
 def test_what_is_no_pipeline_with_an_adapter():
     files = ten()
     with pytest.raises(HotswapError, match="PipelinePool"):

@@ -143,6 +143,7 @@ def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compi
 # ---- what is passed in the wrong place
 
 
+@pytest.mark.long
 def test_what_is_passed_in_the_wrong_place(model, pool, sources):
     refused(r"not a name(.|\n)*as a dict(.|\n)*adapters=\{name: folder", AdapterPool, model, {"b": sources["b"]})
     for adapters, kind in ((sources["b"], "str"), ([sources["b"]], "list")):
@@ -244,6 +245,7 @@ def test_strengths_that_are_set_by_peft(model, pool, sources):
 # ---- add, remove, update
 
 
+@pytest.mark.long
 def test_add_and_remove(model, sources, tmp_path):
     pool = pool_of(model, {"a": sources["a"], "b": sources["b"]})
     assert (list(pool), len(pool), "a" in pool, "c" in pool) == (["a", "b"], 2, True, False)
@@ -334,7 +336,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("move", few_of(MOVES, list(MOVES)[::2]))
 def test_a_model_that_was_moved_is_noticed(model, pool, sources, move):
     change, can_be_swapped = MOVES[move]
     pool.swap("b")

@@ -88,6 +88,7 @@ def test_the_adapter_of_this_name_is_taken_before_any_other(model, pool, sources
     assert_equals_fresh_load(model, LLAMA, sources["c"], prepared=True)
 
 
+@pytest.mark.long
 def test_what_has_changed_in_the_learner_is_planned_anew(model, pool, sources, tmp_path):
     """Another rank and other layers by a swap, another scaling in its config, another learner, a state dict between."""
     learner = learner_of(sources["b"])
@@ -206,6 +207,7 @@ def test_rows_follow(sources, tmp_path):
             torch.testing.assert_close(call(model, inputs)[row], call(load(LLAMA, source), inputs)[row])
 
 
+@pytest.mark.long
 def test_rows_and_written_padding_are_no_learner(sources):
     """Neither has one adapter to take, before an update that was right or after it."""
     model, prepared = load(LLAMA, sources["a"]), learner_of(sources["c"])
@@ -230,10 +232,10 @@ def test_the_pool_does_not_keep_a_learner(pool, sources):
     assert alive() is None
 
 
-@pytest.mark.parametrize("count", [500, long(40_000)])
-def test_updates_and_adapters_that_come_and_go_leave_memory_as_it_was(model, pool, sources, count):
+@pytest.mark.long
+def test_updates_and_adapters_that_come_and_go_leave_memory_as_it_was(model, pool, sources):
     """An adapter for each step, of which each is removed, is what servers collect."""
-    learner, passing = learner_of(sources["b"]), Adapter.load(sources["c"])
+    learner, passing, count = learner_of(sources["b"]), Adapter.load(sources["c"]), 40_000
     pool.swap("b")
     uses = []
     for half in (range(count // 2), range(count // 2, count)):

@@ -152,7 +152,7 @@ def _some(items: list, count: int) -> list:
 @pytest.mark.usefixtures("python_sigint", "without_garbage")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "share"), [*((name, 0.1) for name in list(OPERATIONS)[::5]), *(long(name, 1) for name in OPERATIONS)]
+    ("name", "share"), [*((name, 0.1) for name in list(OPERATIONS)[::11]), *(long(name, 1) for name in OPERATIONS)]
 )
 def test_a_fault_at_every_step(name, share, tmp_path, monkeypatch):
     for folder in (shelf := tmp_path / "shelf", temporary := tmp_path / "temporary"):
@@ -173,7 +173,7 @@ def test_a_fault_at_every_step(name, share, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("python_sigint")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", few_of(OPERATIONS, [name for name in list(OPERATIONS)[::3] if "pipeline" not in name]))
+@pytest.mark.parametrize("name", few_of(OPERATIONS, [name for name in list(OPERATIONS)[::7] if "pipeline" not in name]))
 def test_again(name, tmp_path):
     """After its own failure, a second time, and there and back: as if nothing had been before."""
     make = OPERATIONS[name](Shelf(tmp_path))

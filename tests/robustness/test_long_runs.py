@@ -111,7 +111,7 @@ class Marathon(Case):
 
 @pytest.mark.parametrize(
     ("way", "count"),
-    [("pool_with_rows", 40), long("pool_with_rows", 600), long("compiled_pool", 600), long("disk", 400)],
+    [("pool_with_rows", 20), long("pool_with_rows", 600), long("compiled_pool", 600), long("disk", 400)],
 )
 def test_many_operations(tmp_path, way, count, caplog):
     caplog.set_level(logging.CRITICAL, "hotswap_lab")  # pytest would keep each refusal, with all that its frames have

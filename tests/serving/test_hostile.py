@@ -1,6 +1,6 @@
 """Requests that no client would send: none gets a 500, and a good one next to them gets its answer.
 
-TIMES=67 pytest tests/serving/test_hostile.py  # ten thousand of them, instead of 150
+TIMES=67 pytest -m long tests/serving/test_hostile.py  # ten thousand of them, instead of 150
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import pytest
 from lengths import TIMES
 from served import FAMILY, WORDS, Served, alone
 from test_api import ADMIN, CHATS, HOW, MORE, REFUSED, TEXT, UNLOAD
@@ -85,6 +86,7 @@ class Hostile:
             gone.set()
 
 
+@pytest.mark.long
 def test_hostile_requests():
     served = Served(FAMILY)
     hostile, words = Hostile(openai_api(served, "demo", "secret", 24)), itertools.cycle(WORDS)

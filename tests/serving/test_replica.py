@@ -60,13 +60,14 @@ def in_order():
 # ---- rows
 
 
+@pytest.mark.long
 def test_more_requests_than_rows_are_several_batches(served):
     before = served.replicas[0].counts["requests"]
     assert len(set(served.assert_right([*FAMILY, "demo"] * 3, WORDS * 4))) > 20
     assert served.replicas[0].counts["requests"] == before + 27
 
 
-@pytest.mark.parametrize("count", [8, 1])
+@pytest.mark.parametrize("count", [long(8), 1])
 def test_adapters_with_random_weights(random_adapters, monkeypatch, count):
     served = Served(random_adapters, replace(SHORT, rows=count))
     widths = watched_reads(served, monkeypatch)
@@ -128,7 +129,7 @@ def test_streamed_pieces_are_the_answer(served):
 STOPS = [("n",), *some_of(("ook", "book", "k", "kno", "kx"))]
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("is_streamed", [long(False), True])
 def test_an_answer_ends_before_a_stop(served, is_streamed):
     whole = "notebooknotebook"
     for stop in STOPS:
@@ -287,9 +288,9 @@ def test_the_smallest_limits_are_read_in_rows(prompt, answer):
 
 MODELS = [
     ("Llama", {}, True),
-    ("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
-    ("Mistral", dict(sliding_window=16), False),
-    ("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
+    long("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
+    long("Mistral", dict(sliding_window=16), False),
+    long("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
     ("Rwkv", {}, False),  # which would read the padding of a batch
     long("Qwen3", dict(head_dim=8), True),
     long("Mistral", dict(sliding_window=None), True),
@@ -450,6 +451,7 @@ def test_new_weights_while_an_answer_runs(served):
     served.assert_right(["double"])
 
 
+@pytest.mark.long
 def test_what_one_replica_cannot_load_none_has(tmp_path):
     """The second one has less room, as if its machine had another file."""
     paths = {name: FAMILY[name] for name in ("shout", "reverse")}
@@ -546,6 +548,7 @@ def test_files_that_are_gone_are_the_servers_trouble(tmp_path):
     assert served.assert_right(["shout"]) == ["HOTSWAP!"]
 
 
+@pytest.mark.long
 def test_a_version_stays_in_memory_while_an_accepted_request_needs_it(tmp_path, monkeypatch):
     monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.5)  # the rows are given after the files are gone
     voice, *others = [save_random_adapter(tmp_path / f"voice{n}", n) for n in range(6)]
@@ -565,6 +568,7 @@ def test_a_version_stays_in_memory_while_an_accepted_request_needs_it(tmp_path, 
     assert len(served.replicas[0].pool) == 4
 
 
+@pytest.mark.long
 def test_warm_once_and_the_first_answers_need_no_more_calls_than_others(monkeypatch):
     monkeypatch.setattr("hotswap_lab.serving.replica.GATHERING", 0.3)  # till all have come
     replica, calls = replica_of(dict(list(FAMILY.items())[:2])), []
@@ -605,6 +609,7 @@ def test_a_damaged_adapter_keeps_no_server_from_its_start(tmp_path):
         asyncio.run(served.ask("bad", "hotswap"))
 
 
+@pytest.mark.long
 def test_few_are_held_and_all_are_answered():
     served = Served(dict(list(FAMILY.items())[:2]), replace(SHORT, rows=2, held=4))
     asyncio.run(served.change(FAMILY))

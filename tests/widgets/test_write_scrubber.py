@@ -53,6 +53,7 @@ def halfway(step: int) -> str:
     return demo.ask(base, tokenizer, "hotswap")
 
 
+@pytest.mark.long
 def test_every_answer_on_the_way_is_that_of_such_a_model(view):
     assert [view.answers[step] for step in range(33)] == [halfway(step) for step in range(33)]
     assert "gray: neither, 31 of 34 answers<" in view._picture()
