@@ -313,6 +313,7 @@ def test_layers_that_look_alike(tmp_path, which, dynamic):
         assert_computes(ahead, model, given)
 
 
+@pytest.mark.long
 def test_repeated_layers_in_repeated_layers(tmp_path):
     model = prepared(LLAMA, tmp_path)
     for name, kinds in (("_no_split_modules", ["LlamaMLP", "LlamaDecoderLayer"]), ("_repeated_blocks", ["LlamaMLP"])):

@@ -344,6 +344,7 @@ def test_one_layer_that_is_merged(granites, number):
     assert_computes(ahead, model, given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by_blocks", [long(False), True])
 def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path, by_blocks):
     """transformers adds its hooks the first time, and must know later whether it did."""

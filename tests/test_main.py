@@ -434,6 +434,7 @@ def test_what_needs_weights_is_not_decided(capsys, tmp_path):
         assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (3, {"ok": None, "needs": [name]})
 
 
+@pytest.mark.long
 def test_base_weights_in_a_file(capsys, tmp_path):
     """A plan needs the base's weights if there are some in either file; a swap gives them back."""
     reverse, kind = demo.adapter_path("reverse"), models.Kind(demo.load_base, dict, ("q_proj",))
@@ -532,7 +533,7 @@ OTHER_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
+@pytest.mark.parametrize("name", few_of(OTHER_MODELS, list(OTHER_MODELS)[::2]))
 def test_verify_models_that_are_not_for_text(capsys, tmp_path, name):
     """Their inputs are made from their config; where that says too little, nothing is decided."""
     config, layer, code = OTHER_MODELS[name]

@@ -84,7 +84,7 @@ def test_broken_links_are_found(tmp_path):
 # --- the part that is alive without a kernel
 
 
-@pytest.mark.parametrize("name", few_of(demo.adapter_names(), ["reverse", "shout"]))
+@pytest.mark.parametrize("name", few_of(demo.adapter_names(), ["reverse"]))
 def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
     make, data = load("alive/make"), json.loads((DOCS / "alive" / "data.json").read_text())
     found, words = data["adapters"][name], data["words"]
@@ -108,6 +108,7 @@ def test_its_answers_and_its_tiles_are_those_of_a_fresh_load(name):
     assert counts == {"swap": len(data["strengths"]), "strength": len(data["strengths"]), "reload": 1}
 
 
+@pytest.mark.long
 def test_its_times_are_those_of_the_call_that_it_prints(monkeypatch):
     """Each call does what the page says: another adapter comes, or another strength, and nothing is in already."""
     make = load("alive/make")
@@ -212,6 +213,7 @@ def test_what_the_page_says_of_the_base_and_of_sizes(halfway):
     assert len(HALFWAY["layers"]) == len(halfway.layers(base)) == 28
 
 
+@pytest.mark.long
 def test_the_shape_and_the_scaling_each_fail_a_guard_unless_the_model_is_prepared(halfway):
     for what, room in product(("shape", "scaling"), (0, halfway.ROOM)):
         torch.compiler.reset()

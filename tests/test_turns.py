@@ -471,6 +471,7 @@ def test_a_pipeline(folders, names):
         hotswap_adapter(each, folders["new"], "default")
 
 
+@pytest.mark.long
 def test_those_who_wait_while_models_get_one_turn_wait_for_all_of_them(folders):
     """And code that found a model's former turn before, such as a block that it enters later."""
     models = [load(KIND, folders["old"]) for _ in range(2)]
@@ -1150,7 +1151,7 @@ def test_a_plain_block_that_would_block_the_loop_that_a_stream_needs(pool):
     assert pool.active == "old"
 
 
-@pytest.mark.parametrize("way", ["stream", "reader"])
+@pytest.mark.parametrize("way", [long("stream"), "reader"])
 def test_forty_one_clients_and_forty_threads(pool, monkeypatch, way):
     """One client's stream needs a thread to go on, and the others wait in all of them: these are refused in time."""
     monkeypatch.setattr(turns, "STREAM_LIMIT", 3 * MOMENT)

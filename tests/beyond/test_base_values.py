@@ -129,6 +129,7 @@ def test_any_base_weight_that_peft_overwrote_comes_back(tmp_path, monkeypatch, c
     assert_equals_fresh_load(model, kind, others[1], margin=10, prepared=is_prepared)
 
 
+@pytest.mark.long
 def test_a_chain_of_adapters_that_all_have_base_weights(tmp_path):
     """The original is the one that was passed, not what was there when a swap overwrote the weight once more."""
     (first, second, plain), name = family(tmp_path, LLAMA, "model.norm.weight"), "lm_head.weight"
@@ -262,6 +263,7 @@ def resized(name: str, **more: str) -> Kind:
     return Kind(make, LLAMA.make_inputs, LLAMA.modules)
 
 
+@pytest.mark.long
 def test_a_vocabulary_that_was_resized(tmp_path, monkeypatch):
     """PEFT saves the embeddings then. What the base was is read from its folder, and the network is never asked."""
     folder, kind = str(tmp_path / "base"), resized("")

@@ -63,7 +63,7 @@ def test_the_loaded_adapter_is_not_asked_for_the_kind_of_its_values(adapters):
     refused("changes the base model's own weights", hotswap_adapter, model, adapter, "default")
 
 
-@pytest.mark.parametrize("kind", ["llama", "classifier"])
+@pytest.mark.parametrize("kind", [long("llama"), "classifier"])
 @pytest.mark.parametrize("task", ["SEQ_CLS", long("TOKEN_CLS"), "QUESTION_ANS"])
 def test_the_heads_that_peft_adds_to_a_config_for_a_task(tmp_path, kind, task):
     """It does so in any model; where there is a head of that name, it looks for it in the file."""

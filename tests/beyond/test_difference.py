@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 from adapters import CONFIGS, LLAMA, save_all, save_random_adapter_of
-from lengths import long
+from lengths import few_of, long
 from lora_kinds import ATTENTION
 from models import KINDS, Kind, call, load, save_family
 from oracle import assert_equals_fresh_load, assert_same_outputs
@@ -63,7 +63,7 @@ METHODS_WITH_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS_WITH_LAYERS)
+@pytest.mark.parametrize("method", few_of(METHODS_WITH_LAYERS, ("LoRA", "LoHa")))
 def test_layers_that_had_the_adapter_get_it_again(tmp_path, method):
     """All of an adapter's layers must have had it, or ``add_layers`` is needed."""
     make, numbers = METHODS_WITH_LAYERS[method], itertools.count()

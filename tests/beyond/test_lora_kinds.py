@@ -80,6 +80,7 @@ def test_parameters_whose_order_nobody_knows_are_refused(tmp_path):
     refused(match, hotswap_adapter, load(kind, first), both, "default", add_layers=True)
 
 
+@pytest.mark.long
 def test_biases_that_nobody_knows_any_more_are_refused(method_folders):
     """What PEFT overwrote at a load is gone, unless the caller has it: whatever was swapped before and since."""
     kind, (everything, some, other), (*_, plain) = MODELS["bert"], method_folders("bias"), method_folders("lora_bias")

@@ -70,7 +70,7 @@ def on_tied(tmp_path_factory) -> dict[str, list[str]]:
     return {name: [folders[n], folders[n + len(ON_TIED)]] for n, name in enumerate(ON_TIED)}
 
 
-@pytest.mark.parametrize("pair", few_of(itertools.product(ON_TIED, repeat=2), PAIRS[::3]), ids=" to ".join)
+@pytest.mark.parametrize("pair", few_of(itertools.product(ON_TIED, repeat=2), PAIRS[::5]), ids=" to ".join)
 def test_pairs_on_a_tied_base(on_tied, pair):
     """There, to another of that kind, and back: outputs, saved files and all else as after a fresh load."""
     old, new = pair

@@ -257,6 +257,7 @@ def test_preparing_while_freezing_is_on_is_refused(tmp_path):
     prepare_model_for_compiled_hotswap(model, target_rank=8)
 
 
+@pytest.mark.long
 def test_freezing_of_one_part_is_refused(tmp_path):
     old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
     model = prepared(LINEAR, [old, new])
@@ -292,8 +293,9 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("ready", few_of(("as it is", "prepared", "a pool", "rows"), ("prepared",)))
-@pytest.mark.parametrize("form", few_of(FROZEN, ("the model", "a layer alone")))
+@pytest.mark.long
+@pytest.mark.parametrize("ready", ["as it is", "prepared", "a pool", "rows"])
+@pytest.mark.parametrize("form", FROZEN)
 def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     """No setting of the model or of the compiler shows it afterwards."""
     old, new = save_family(LINEAR, tmp_path, dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=16))

@@ -43,6 +43,7 @@ def test_scores_on_fresh_noise_are_those_of_the_card(live, of_base, name):
     assert of_base.of(name) != pytest.approx(claimed, abs=0.08)  # what everybody reaches says nothing
 
 
+@pytest.mark.long
 def test_the_classifier_reads_digits_that_it_was_not_trained_on():
     assert judge.held_out_accuracy() > 0.98
     images, labels = data.read("model")

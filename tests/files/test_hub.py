@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hub_stand_in import Fault, StandInHub
 from huggingface_hub import HfApi, ModelInfo, close_session, constants, hf_api
+from lengths import long
 from models import KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load
 from refusals import refused
@@ -195,7 +196,7 @@ def test_a_repository_that_was_pushed_to(hub, swaps_in, folders):
     assert hub.log == []
 
 
-@pytest.mark.parametrize("arguments", [{}, {"revision": "main"}])
+@pytest.mark.parametrize("arguments", [long({}), {"revision": "main"}])
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json"])
 def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders, file, arguments):
     """Somebody pushes in between, also to the branch that is asked for."""
@@ -291,6 +292,7 @@ def test_how_long_the_first_answer_may_take(hub, model, monkeypatch):
 # ---- many adapters
 
 
+@pytest.mark.long
 def test_a_pool_of_private_adapters_survives_without_the_hub(hub, folders, monkeypatch):
     """Though somebody has pushed to a repository since."""
     hub.add("team/secret", folders["second"], revision="v2")

@@ -65,6 +65,7 @@ def starts(chapter_10) -> dict:
     return found
 
 
+@pytest.mark.long
 def test_a_cold_start_in_this_process_can_be_right_and_wrong(starts, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["", "eager", str(tmp_path), str(time.time())])
     with torch.no_grad():  # for the program turns gradients off

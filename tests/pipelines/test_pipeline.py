@@ -261,7 +261,7 @@ def assert_same_component(model, fresh, name: str) -> None:
         long("sd", "kohya", "diffusers"),
         long("sd", "diffusers", "peft"),
         long("sdxl", "kohya", "peft"),
-        ("sdxl", "diffusers", "kohya"),
+        long("sdxl", "diffusers", "kohya"),
         ("flux", "peft", "peft"),
     ],
 )
@@ -309,8 +309,9 @@ def test_files_with_metadata(tmp_path):
     assert_like_fresh(pipe, SD.loaded(new), SD)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*lora_bias.*", "ignore:.*invalid shape.*")
-@pytest.mark.parametrize("option", [long("use_dora"), "lora_bias"])
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
 def test_other_kinds_of_lora(tmp_path, option):
     """DoRA and biases in PEFT's format: in, off, and out again."""
     configs = {

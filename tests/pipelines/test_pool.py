@@ -114,6 +114,7 @@ def test_ten_files_compiled():
         assert_same_latents(pipe, SD())
 
 
+@pytest.mark.long
 def test_strength_off_and_a_block():
     files = {name: each for name, each in ten().items() if name in ("style 2", "style 3")}
     pipe = SD.loaded(files["style 3"])

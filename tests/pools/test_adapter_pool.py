@@ -156,6 +156,7 @@ def test_what_is_passed_in_the_wrong_place(model, pool, sources):
         refused("not a number", setattr, pool, "strength", strength)
 
 
+@pytest.mark.long
 def test_whoever_has_a_config_may_change_it(model, sources):
     """The one that the pool was given, and the one that is in the model."""
     given = Adapter.load(sources["c"])
@@ -461,6 +462,7 @@ def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
 # ---- how it looks
 
 
+@pytest.mark.long
 def test_it_is_printed_in_a_few_lines_after_a_progress_bar_unless_unwanted(model, sources, capsys):
     family = {f"user {number}": sources["e"] for number in range(200)}
     pool_of(model, sources)
@@ -701,6 +703,7 @@ def test_adapters_from_memory_are_never_dropped(model, sources):
     refused("does not fit into the pool's memory", pool.add, "too much", Adapter.load(sources["b"]))
 
 
+@pytest.mark.long
 def test_an_update_that_would_leave_no_room_for_the_others_is_refused(model, sources):
     """It can't be dropped any more, unlike what is in its files."""
     pool = limited_pool(model, sources, "b")  # the largest

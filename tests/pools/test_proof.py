@@ -196,6 +196,7 @@ def test_a_proof_holds_for_one_value_of_a_flag_and_one_number_of_axes(tmp_path, 
             refused("different adapters at", pool.model, truth.inputs[:, 0], *proven)
 
 
+@pytest.mark.long
 def test_a_graph_knows_the_flags_of_its_proof(tmp_path, fresh_compiler):
     pool, folders = pool_for(MOODY, tmp_path)
     truth, wanted = Truth(MOODY, folders, MOODY.inputs()), ["a", "b", None, "a"]

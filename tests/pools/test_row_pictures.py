@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from models import randomize
@@ -34,6 +35,7 @@ def family() -> dict[str, tuple]:
     return {name: (get_peft_model_state_dict(unet), unet.peft_config["default"]) for name, unet in unets.items()}
 
 
+@pytest.mark.long
 def test_a_pipeline_with_guidance():
     """As six calls with one adapter each; the text encoder is left as it is."""
     prompts = ["a cat", "a dog", "a cow", "an owl"]

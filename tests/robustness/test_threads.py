@@ -162,7 +162,7 @@ def storm(
 STORMS = itertools.product(
     (swapping_in_a_pool, all_of_a_pool, all_of_a_pool_with_rows, from_disk, in_a_prepared_model), (1, 2)
 )
-SHORT = (swapping_in_a_pool, 2), (from_disk, 1)
+SHORT = ((swapping_in_a_pool, 2),)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,7 @@ def is_waiting(thread: threading.Thread) -> bool:
     return any(Path(frame.filename).name == "turns.py" for frame in frames)
 
 
+@pytest.mark.long
 def test_two_models_are_taken_in_one_order(folders):
     """Whichever is named first: or two threads would wait for each other, each with one of the models."""
     models = [load(KIND, folders["a"]) for _ in range(2)]

@@ -95,6 +95,7 @@ def test_the_layers_without_an_adapter(layers, number):
     assert len(resolve_slot(load_replica(given.base, [], given.options).pool.model, "default").layers) == number
 
 
+@pytest.mark.long
 def test_a_replica_without_adapters():
     for rank, added in ((0, "double"), (4, "double"), (48, "pig_latin")):
         options = Options(longest_prompt=16, longest_answer=16, target_rank=rank)
@@ -106,6 +107,7 @@ def test_a_replica_without_adapters():
     assert Table().shares("demo", "demo") == {}
 
 
+@pytest.mark.long
 def test_a_first_adapter_with_base_weights_in_its_file(tmp_path):
     """PEFT loads them into the base, which other requests get: other ones are refused, and its own may come first."""
     kind, options = Kind(demo.load_base, dict, ("q_proj",)), Options(longest_prompt=16, longest_answer=16)

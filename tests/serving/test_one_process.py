@@ -9,6 +9,7 @@ import socket
 
 import pytest
 from both_kinds import BothKinds
+from lengths import long
 from replica_faults import ADAPTERS
 from running import one_process
 from served import FAMILY, SHORT
@@ -27,6 +28,7 @@ def address():
         yield address
 
 
+@pytest.mark.long
 class TestOneProcess(BothKinds):
     pass
 
@@ -47,6 +49,7 @@ def test_before_the_start_all_is_refused(tmp_path):
     assert list(backend.table.versions) == list(FAMILY)
 
 
+@pytest.mark.long
 def test_an_answer_that_comes_too_late():
     backend = OneProcess(Arguments(str(os.devnull), "demo", {}, SHORT))
 
@@ -73,7 +76,7 @@ def test_what_is_wrong_is_said_before_anything_starts(capsys):
 
 
 @pytest.mark.parametrize(
-    ("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 70_000), ("127.0.0.1", -1), ("a" * 70, 0)]
+    ("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 70_000), ("127.0.0.1", -1), long("a" * 70, 0)]
 )
 def test_where_it_cannot_listen(capsys, monkeypatch, host, port):
     """One line and the exit code of wrong use, before a model is loaded."""

@@ -67,7 +67,8 @@ def test_more_requests_than_rows_are_several_batches(served):
     assert served.replicas[0].counts["requests"] == before + 27
 
 
-@pytest.mark.parametrize("count", [long(8), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [8, 1])
 def test_adapters_with_random_weights(random_adapters, monkeypatch, count):
     served = Served(random_adapters, replace(SHORT, rows=count))
     widths = watched_reads(served, monkeypatch)
@@ -76,7 +77,7 @@ def test_adapters_with_random_weights(random_adapters, monkeypatch, count):
     assert len({alone(path, "hotswap")[:12] for path in [*random_adapters.values(), None]}) == 4
 
 
-@pytest.mark.parametrize("weights", [dict(shout=0.5, reverse=0.5), dict(pig_latin=1.0, sort=1.0)])
+@pytest.mark.parametrize("weights", [long(dict(shout=0.5, reverse=0.5)), dict(pig_latin=1.0, sort=1.0)])
 def test_a_mix_is_what_peft_makes_of_both(weights):
     """By default there is room for any two."""
     served = Served(FAMILY, replace(SHORT, target_rank=0))
@@ -291,7 +292,7 @@ MODELS = [
     long("Gemma3Text", dict(head_dim=8, sliding_window=128), True),
     long("Mistral", dict(sliding_window=16), False),
     long("Phi3", LONG_ROPE | dict(original_max_position_embeddings=96), True),
-    ("Rwkv", {}, False),  # which would read the padding of a batch
+    long("Rwkv", {}, False),  # which would read the padding of a batch
     long("Qwen3", dict(head_dim=8), True),
     long("Mistral", dict(sliding_window=None), True),
     long("Gemma", dict(head_dim=8), True),
@@ -491,7 +492,7 @@ def test_layers_that_no_adapter_had_at_the_start():
     assert "@" not in str(error)
 
 
-@pytest.mark.parametrize("layers", ["all-linear", "q_proj,k_proj,v_proj,o_proj", "nowhere"])
+@pytest.mark.parametrize("layers", [long("all-linear"), "q_proj,k_proj,v_proj,o_proj", "nowhere"])
 def test_layers_that_are_reserved(layers):
     """An adapter on them comes live, and answers as a fresh load does, next to others and to the base."""
     if layers == "nowhere":
@@ -651,7 +652,8 @@ def test_a_change_is_made_to_what_is_in_force_also_where_the_register_learns_of_
     assert table.versions.keys() == {*late.versions, "other"}
 
 
-@pytest.mark.parametrize("steps", [120, long(4000 * TIMES)])
+@pytest.mark.long
+@pytest.mark.parametrize("steps", [4000 * TIMES])
 def test_a_policy_that_learns_leaves_memory_as_it_was(steps, tmp_path, monkeypatch):
     """At each step it gets new weights, and one more adapter comes and goes. ``TIMES=10`` makes 40,000 steps."""
     monkeypatch.setattr("hotswap_lab.serving.table.MOST_REMEMBERED", 50)

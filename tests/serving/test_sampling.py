@@ -103,7 +103,7 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "penalty"), [("Llama", 0.5), ("Rwkv", 1.2)], ids=["Llama", "Rwkv"])
+@pytest.mark.parametrize(("kind", "penalty"), [("Llama", 0.5), long("Rwkv", 1.2)], ids=["Llama", "Rwkv"])
 def test_what_a_model_asks_for_itself_counts_once(tmp_path, kind, penalty):
     """Also where ``generate`` answers, which would do it again."""
     load, _, replica = little(kind, tmp_path)

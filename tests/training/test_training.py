@@ -123,6 +123,7 @@ def test_the_base_is_trained_into_a_pipeline_folder(tmp_path):
     assert pipe.scheduler.config.prediction_type == digits.load_scheduler().config.prediction_type
 
 
+@pytest.mark.long
 def test_the_table_of_digits_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(measure_digits.digits, "names", lambda: ["inverted"])
     measure_digits.main(["--count", "3", "--threads", "1"])

@@ -93,6 +93,7 @@ def test_each_step_writes_one_row_of_every_layer():
     assert rows == [(3, adapter_color("vowels_up")), (5, adapter_color("reverse"))]
 
 
+@pytest.mark.long
 def test_a_request_gets_what_it_is_said_to_get_and_the_line_is_held_meanwhile(view):
     view.go(6)
     before = [each.parameter.clone() for each in view._slot.tensors]
@@ -111,6 +112,7 @@ def test_a_request_gets_what_it_is_said_to_get_and_the_line_is_held_meanwhile(vi
     assert "it " not in "".join(each.value for each in view._results.values())
 
 
+@pytest.mark.long
 def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers(view):
     with in_use(view.model):  # a thread that computes with the model
         view._slider.value = 33
