@@ -58,7 +58,7 @@ collect_ignore = [] if find_spec("ray") else ["serving/replica_faults.py"]
 #: what the short form leaves out: solutions, which tests/lessons has too; what is about PEFT's own hotswap; recipes
 LONG_NOTEBOOKS = "notebooks/solutions/", NEEDS_PEFT[0], "notebooks/recipes"
 #: examples that start a process or a compiler, as a chapter does with the same names
-LONG_EXAMPLES = "building.in_new_process", "guards.Guards", "write_scrubber.WriteScrubber", "bench.run"
+LONG_EXAMPLES = (".in_new_process", ".Guards", ".WriteScrubber", "bench.run", ".pick_backend")
 
 
 #: files whose tests share what takes long to make: a kernel, a browser, processes, a file of compiled code
@@ -70,6 +70,7 @@ TOGETHER = (
     "/test_distributed.py",
     "/test_bad_files.py",
     "/test_ahead.py",
+    "/test_ahead_checks.py",
     "/test_bench.py",
     "/test_crossings.py",
     "/test_rooms.py",

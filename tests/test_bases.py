@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lengths import few_of, long
+from lengths import few_of
 from models import KINDS, Kind, call, load, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
 from peft import PeftModel
@@ -222,7 +222,8 @@ MIXED |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
 ELSEWHERE = {"cpu": None, "disk": None, "all on one": {"": "cpu"}, "some on disk": MIXED}
 
 
-@pytest.mark.parametrize("where", few_of(ELSEWHERE, ("disk", "some on disk")))
+@pytest.mark.long
+@pytest.mark.parametrize("where", ELSEWHERE)
 def test_base_weights_that_are_elsewhere(adapters, tmp_path, where):
     accelerate, device_map, kind = pytest.importorskip("accelerate"), ELSEWHERE[where], LLAMA
     if device_map:
@@ -254,7 +255,8 @@ def test_embeddings_that_are_elsewhere_are_refused(tmp_path, rank):
     refused("other base weights than the model has", hotswap_adapter, model, new, "default")
 
 
-@pytest.mark.parametrize("where", ["disk", long("cpu")])
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["disk", "cpu"])
 def test_offloaded_adapter_weights_are_refused(adapters, tmp_path, where):
     hooks = pytest.importorskip("accelerate.hooks")
     model = load(LLAMA, adapters["first"])

@@ -47,6 +47,7 @@ def rows_of(found: dict) -> list[Measured]:
     return [Measured(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in found["rows"]]
 
 
+@pytest.mark.long
 def test_each_way_is_timed_for_each_rank_and_all_of_ours_are_right(tmp_path, capsys, monkeypatch):
     """And text and JSON hold everything."""
     monkeypatch.setenv("COLUMNS", "80")

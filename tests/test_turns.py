@@ -359,6 +359,7 @@ def test_using_waits_to_put_back(model, folders, pool, presses):
     assert_equals_fresh_load(model, KIND, folders["third"], prepared=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("python_sigint")
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_ctrl_c_ends_the_waiting_unless_a_handler_goes_on(model, folders, goes_on):
@@ -633,6 +634,7 @@ def test_another_task_of_the_thread_is_refused(pool, folders, way):
     assert pool.active == "old"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("when", ["in the queue", "waiting for a thread", "inside", "while it puts back"])
 def test_a_task_that_is_cancelled_leaves_nothing_behind(pool, when, monkeypatch):
     monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT / 2)  # of no task
@@ -827,6 +829,7 @@ def test_a_swap_does_not_wait_for_a_block_that_its_own_thread_has_to_end(pool, m
             start(block.__exit__, None, None, None).result(30)
 
 
+@pytest.mark.long
 def test_a_swap_does_not_wait_for_ever_for_a_stream_of_another_thread(pool, monkeypatch):
     monkeypatch.setattr(turns, "STREAM_LIMIT", MOMENT)
 

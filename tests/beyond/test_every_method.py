@@ -46,7 +46,7 @@ READ_BY_PEFT = (
     *(["VeRA"] if version("peft").startswith("0.20.") else []),
 )
 #: of each way to load, write and save, those that the short form walks wholly
-WHOLE = ("LoHa", "IA3", "VeRA", "PromptTuning", "DoRA", "bias")
+WHOLE = ("LoHa", "IA3", "PromptTuning", "DoRA")
 #: PEFT warns at a load: of shapes, and of what the file lacks
 WARNED_OF = ("lora_bias", "VeRA, projection not saved")
 

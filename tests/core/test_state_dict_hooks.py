@@ -33,7 +33,7 @@ def model(folders):
 
 
 @pytest.mark.parametrize("room", [None, 8])
-@pytest.mark.parametrize("way", [None, *COPIES])
+@pytest.mark.parametrize("way", few_of([None, *COPIES], [None, "deepcopy"]))
 def test_a_state_dict_goes_back_in_strictly(model, folders, room, way):
     """Into the model and into a copy of it, which leaves the model alone."""
     if room:

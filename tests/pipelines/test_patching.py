@@ -109,6 +109,7 @@ def test_an_error_ends_a_patch_and_no_other():
     assert peft.utils.hotswap.hotswap_adapter.__module__ == "peft.utils.hotswap"
 
 
+@pytest.mark.long
 def test_measurements_still_measure_peft():
     """PEFT's function calls others of its module, which are replaced: it would not refuse anything then."""
     with patch_peft():

@@ -373,6 +373,7 @@ def test_some_components_of_some():
             assert_same_component(getattr(pipe, name), getattr(fresh, name), "style")
 
 
+@pytest.mark.long
 def test_layers_that_the_loaded_one_lacks():
     small, large = lora(SD, components={"unet": ("to_q",), "text_encoder": ("q_proj",)}), lora(SD, seed=2)
     pipe = SD.loaded(small)
@@ -493,6 +494,7 @@ def refused(pipe, source, match: str, name: str = "style", **kwargs) -> HotswapE
     return error
 
 
+@pytest.mark.long
 def test_fused_is_refused_for_all_components_or_for_those_that_are_to_be_swapped():
     pipe = SD.loaded(lora(SD))
     pipe.fuse_lora(components=["text_encoder"])  # one component is enough
@@ -585,6 +587,7 @@ def offload_in_groups(model) -> None:
     apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
 
+@pytest.mark.long
 def test_group_offloading_is_refused():
     pipe = SD.loaded(lora(SD))
     offload_in_groups(pipe.unet)
@@ -658,6 +661,7 @@ def test_what_a_plan_shows():
         plan.commit()
 
 
+@pytest.mark.long
 def test_native_adapters_of_one_model():
     """``unet.load_lora_adapter`` and ``save_lora_adapter``: no pipeline, the same swap through an Adapter."""
     new = lora(SD, "kohya", seed=2, rank=2, alpha=3.0, components={"unet": ATTENTION})

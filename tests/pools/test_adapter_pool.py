@@ -337,7 +337,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", few_of(MOVES, list(MOVES)[::2]))
+@pytest.mark.parametrize("move", few_of(MOVES, list(MOVES)[::3]))
 def test_a_model_that_was_moved_is_noticed(model, pool, sources, move):
     change, can_be_swapped = MOVES[move]
     pool.swap("b")
@@ -650,7 +650,7 @@ def test_a_link_to_nowhere_hides_no_change(model, sources):
     refused("have changed since it was added", pool.swap, dropped)
 
 
-@pytest.mark.parametrize("how", ["an adapter", "tensors and a config", "a learner"])
+@pytest.mark.parametrize("how", [long("an adapter"), long("tensors and a config"), "a learner"])
 def test_new_weights_for_a_dropped_adapter_need_nothing_of_its_files(model, sources, how):
     """A trainer writes its next checkpoint to the same folder."""
     pool, dropped = small_pool(model, sources)
@@ -754,6 +754,7 @@ def save_with_head(folder: Path, seed: int) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_a_head_with_buffers(tmp_path):
     folders = {name: save_with_head(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
     pool = pool_of(load(NORMED, folders["a"]), folders)

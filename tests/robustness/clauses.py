@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 WHERE = ("core", "beyond", "pools", "files", "ahead", "threads", "pipelines", "verify.py")
 #: what an expression may contain that a function around it can't do for it
 UNMOVABLE = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+#: pytest's arguments, unless there are others
+ALL = ("-n", "2", "-m", "long or not long", "tests")
 NOTES = os.environ.get("CLAUSES_NOTED", "")
 seen: set[int] = set()
 inside = threading.local()
@@ -152,7 +154,7 @@ def main() -> None:
             for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
                 (copy / file.relative_to(ROOT)).write_text(Noting(file, clauses).noted())
         path = os.pathsep.join([str(copy), str(copy / "tests" / "robustness")])
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "clauses", *(sys.argv[1:] or ["-n", "2", "tests"])]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "clauses", *(sys.argv[1:] or ALL)]
         subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": path, "CLAUSES_NOTED": str(notes)})
         for file in notes.iterdir():
             seen.update(json.loads(file.read_text()))

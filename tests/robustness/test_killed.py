@@ -78,6 +78,7 @@ def test_what_a_killed_conversion_leaves_is_no_model(tmp_path, monkeypatch):
         assert [path.name for path in smollm2.dequantized(source).iterdir()] == ["config.json"]
 
 
+@pytest.mark.long
 def test_threads_that_save_to_one_folder(models, expected, tmp_path):
     def some(models: list) -> None:
         for model in models * 15:

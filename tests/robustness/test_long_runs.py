@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from architectures import ROWS, Case
-from lengths import TIMES, long
+from lengths import TIMES
 
 from hotswap_lab import HotswapError, RecompileWatch, hotswap_adapter
 
@@ -109,10 +109,8 @@ class Marathon(Case):
         assert use.tensors <= warm.tensors + TENSORS, uses
 
 
-@pytest.mark.parametrize(
-    ("way", "count"),
-    [("pool_with_rows", 20), long("pool_with_rows", 600), long("compiled_pool", 600), long("disk", 400)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("way", "count"), [("pool_with_rows", 600), ("compiled_pool", 600), ("disk", 400)])
 def test_many_operations(tmp_path, way, count, caplog):
     caplog.set_level(logging.CRITICAL, "hotswap_lab")  # pytest would keep each refusal, with all that its frames have
     case = Marathon("llama", way, seed=3, folder=tmp_path)  # whose pool has max_bytes

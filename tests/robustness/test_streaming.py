@@ -116,6 +116,7 @@ def served_by_gradio(stream: Callable) -> Iterator[Callable[[str], str]]:
         app.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["plain", "async"])
 @pytest.mark.parametrize("served", [served_by_fastapi, served_by_gradio])
 def test_streams(pool, served, way, monkeypatch):

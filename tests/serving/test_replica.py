@@ -104,6 +104,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(served):
     assert order[:3] == ["python", "tensor", "voice"]
 
 
+@pytest.mark.long
 def test_a_long_prompt_is_read_between_the_tokens_of_others(served, monkeypatch):
     monkeypatch.setattr(served.replicas[0]._reader, "chunk", 4)
     widths = watched_reads(served, monkeypatch)
@@ -130,6 +131,7 @@ def test_streamed_pieces_are_the_answer(served):
 STOPS = [("n",), *some_of(("ook", "book", "k", "kno", "kx"))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_streamed", [long(False), True])
 def test_an_answer_ends_before_a_stop(served, is_streamed):
     whole = "notebooknotebook"

@@ -81,6 +81,7 @@ def test_what_a_swap_breaks_is_red_and_a_prepared_model_stays_green(guards):
     assert len(free.watch.calls) <= 40
 
 
+@pytest.mark.long
 def test_clicks_and_the_picture(guards):
     live(guards)._choices.value = "rank"
     assert guards.wait(60)
@@ -132,6 +133,7 @@ def test_it_says_that_it_compiles_again_from_the_moment_a_guard_fails(guards):
     assert str(guards).endswith("changed since: run again")
 
 
+@pytest.mark.long
 def test_swaps_by_others_wait_while_it_calls(guards):
     column, threads = guards.columns["prepared"], []
 

@@ -20,6 +20,7 @@ def view():
     return live(WriteScrubber())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [("reverse", "pig_latin"), long("double", "caesar")])
 def test_at_both_ends_it_is_the_adapter_and_in_between_it_is_neither_at_the_same_addresses(before, after):
     view = WriteScrubber(before, after)
