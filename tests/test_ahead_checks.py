@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, prepared
-from lengths import few_of, long
+from lengths import few_of
 from models import KINDS, Kind, load, lora_layers, save_random_adapter
 from refusals import refused
 from torch import nn
@@ -345,7 +345,7 @@ def test_one_layer_that_is_merged(granites, number):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("by_blocks", [long(False), True])
+@pytest.mark.parametrize("by_blocks", [False, True])
 def test_a_file_is_made_and_bound_before_hidden_states_are_asked_for(tmp_path, by_blocks):
     """transformers adds its hooks the first time, and must know later whether it did."""
     model, given = prepared(LLAMA, tmp_path), ids() | dict(output_hidden_states=True)

@@ -132,7 +132,7 @@ STOPS = [("n",), *some_of(("ook", "book", "k", "kno", "kx"))]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("is_streamed", [long(False), True])
+@pytest.mark.parametrize("is_streamed", [False, True])
 def test_an_answer_ends_before_a_stop(served, is_streamed):
     whole = "notebooknotebook"
     for stop in STOPS:

@@ -71,7 +71,7 @@ DEFAULTS = dict(do_sample=True, temperature=5.0, top_k=4, repetition_penalty=1.5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("defaults", [long({}), DEFAULTS, long(DEFAULTS | dict(do_sample=False))])
+@pytest.mark.parametrize("defaults", [{}, DEFAULTS, DEFAULTS | dict(do_sample=False)])
 def test_rows_with_values_of_their_own(defaults):
     served = Served(FAMILY)
     (replica,) = served.replicas

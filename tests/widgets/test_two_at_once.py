@@ -198,7 +198,7 @@ LONG = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("what", few_of(LONG, ["panel"]))
+@pytest.mark.parametrize("what", LONG)
 def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
     widget = LONG[what]()
     model, former = (getattr(widget, "pool", None) or widget).model, str(widget)

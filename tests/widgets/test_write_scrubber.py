@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from lengths import long
 from peft import LoraConfig
 from shown import live
 
@@ -21,7 +20,7 @@ def view():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("before", "after"), [("reverse", "pig_latin"), long("double", "caesar")])
+@pytest.mark.parametrize(("before", "after"), [("reverse", "pig_latin"), ("double", "caesar")])
 def test_at_both_ends_it_is_the_adapter_and_in_between_it_is_neither_at_the_same_addresses(before, after):
     view = WriteScrubber(before, after)
     base = {name: each.clone() for name, each in view.model.named_parameters() if "lora_" not in name}
