@@ -47,18 +47,12 @@ ON_TIED = {
     "saved, tied": dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     "saved head": dict(modules_to_save=["lm_head"]),
 }
-#: those that were wrong at outputs, or in saved files, and others
+#: of those that were wrong at outputs, or in saved files, and of others
 PAIRS = [
-    *(("both, tied", "both"), ("embedding, tied", "both"), ("both, tied", "DoRA on both"), ("both", "both, tied")),
-    *itertools.permutations(("tokens", "tokens apart", "tokens of the head"), 2),
-    *itertools.pairwise(("saved, tied", "saved", "saved head", "tokens of the head", "plain", "tokens apart")),
-    *(
-        ("both, tied", "embedding"),
-        ("saved, tied", "both, tied"),
-        ("tokens apart", "both"),
-        ("both, tied", "both, tied"),
-    ),
-    ("plain", "both, tied"),
+    ("both, tied", "both"),
+    ("tokens", "tokens of the head"),
+    ("saved, tied", "saved"),
+    ("both, tied", "embedding"),
 ]
 
 
@@ -70,7 +64,7 @@ def on_tied(tmp_path_factory) -> dict[str, list[str]]:
     return {name: [folders[n], folders[n + len(ON_TIED)]] for n, name in enumerate(ON_TIED)}
 
 
-@pytest.mark.parametrize("pair", few_of(itertools.product(ON_TIED, repeat=2), PAIRS[::5]), ids=" to ".join)
+@pytest.mark.parametrize("pair", few_of(itertools.product(ON_TIED, repeat=2), PAIRS), ids=" to ".join)
 def test_pairs_on_a_tied_base(on_tied, pair):
     """There, to another of that kind, and back: outputs, saved files and all else as after a fresh load."""
     old, new = pair
