@@ -1,6 +1,10 @@
 """Sphinx: the notebooks with their stored outputs, parts of README, and a page for each public name.
 
+    pip install -e ".[docs]"
     sphinx-build -W --keep-going docs docs/_build/html
+    python docs/check_links.py docs/_build/html
+
+A name in a public signature that has no page is a warning: add it to ``OTHERS``.
 
 Sphinx reads only this folder, so each build first copies the notebooks into it and writes the pages of the API to it.
 """

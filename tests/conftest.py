@@ -73,7 +73,7 @@ TOGETHER = (
     "/test_ahead_checks.py",
     "/test_bench.py",
     "/test_crossings.py",
-    "/test_rooms.py",
+    "/test_parts.py",
     "/test_sockets.py",
 )
 

@@ -1,9 +1,10 @@
-"""For which clause of a condition has no test a case in which it alone decides?
+"""Which clauses of conditions does no test isolate?
 
     python tests/robustness/clauses.py [pytest's arguments]
 
-In a copy of the package, each condition notes of its clauses whether it would come out otherwise without this one, or
-not at all. Then the tests run there. ``clauses.txt`` has those that need no such case, each with the reason.
+In a copy of the package, each condition records, for each of its clauses, whether the result would differ without that
+clause. Then all tests run once on the copy. For each clause in the list that is printed, add a test or delete the
+clause. ``clauses.txt`` lists the clauses that stay without a test, each with the reason.
 """
 
 from __future__ import annotations

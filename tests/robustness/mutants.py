@@ -2,7 +2,12 @@
 
     python tests/robustness/mutants.py --sample 100 --seed 1
 
-mutmut makes the mistakes. Those without an effect are listed in ``mutants.txt``, each with the reason.
+A mistake that a test should notice needs a test in the file that mirrors the code's. Mistakes without an effect are
+listed in ``mutants.txt``, each with the reason. The checkout is never changed. A hundred mistakes take an hour or more.
+
+mutmut (``pip install mutmut``) makes the mistakes, since it drops and replaces arguments and values as people do.
+cosmic-ray exchanges operators, those of type hints included, and edits the checkout. mutmut's own runner is not used:
+it leaves out decorated functions and wraps all others, which ``torch.compile`` would notice.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The rooms of the package: what each is for, what it stands on, and what stops where it is taken away.
+"""The parts of the package: what each is for, what it stands on, and what stops where it is taken away.
 
-``python tests/rooms.py`` takes each away from a copy of the package, and writes what it finds to CONTRIBUTING's table.
+``python tests/parts.py`` takes each away from a copy of the package, and writes what it finds to CONTRIBUTING's table.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from hotswap_lab.figures.palette import BASE, OURS, WHITE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hotswap_lab"
-PAGE, PICTURE = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "_static" / "rooms.svg"
+PAGE, PICTURE = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "_static" / "parts.svg"
 #: what is always there: the engine, and the public functions on top of it
 STAY = ("__init__", "compat", "core", "swap")
 #: what the public functions need next to core, always; all others are leaves
 NEEDED = ("beyond", "files", "threads")
-#: what a room's table is between, on the page
-BEGIN, END = "<!-- rooms: made by tests/rooms.py -->\n", "<!-- end of rooms -->"
+#: what a part's table is between, on the page
+BEGIN, END = "<!-- parts: made by tests/parts.py -->\n", "<!-- end of parts -->"
 #: tokens that are no code
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 @functools.cache
-def rooms() -> list[str]:
+def parts() -> list[str]:
     """The folders and top-level modules of the package."""
     found = [each.stem for each in PACKAGE.iterdir() if each.suffix == ".py" or (each / "__init__.py").exists()]
     return sorted(found)
 
 
 def leaves() -> list[str]:
-    return [each for each in rooms() if each not in (*STAY, *NEEDED)]
+    return [each for each in parts() if each not in (*STAY, *NEEDED)]
 
 
-def files_of(room: str, package: Path = PACKAGE) -> list[Path]:
-    file = package / f"{room}.py"
-    return [file] if file.exists() else sorted((package / room).glob("*.py"))
+def files_of(part: str, package: Path = PACKAGE) -> list[Path]:
+    file = package / f"{part}.py"
+    return [file] if file.exists() else sorted((package / part).glob("*.py"))
 
 
 @functools.cache
@@ -69,29 +69,29 @@ def lines_of(path: Path) -> int:
     return len(lines - docstrings)
 
 
-def purpose_of(room: str) -> str:
-    path = files_of(room)[0] if (PACKAGE / f"{room}.py").exists() else PACKAGE / room / "__init__.py"
+def purpose_of(part: str) -> str:
+    path = files_of(part)[0] if (PACKAGE / f"{part}.py").exists() else PACKAGE / part / "__init__.py"
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[0].replace("\n", " ").replace("``", "`")
 
 
 @functools.cache
-def imported_by(room: str, anywhere: bool = False) -> frozenset[str]:
-    """The rooms that a room imports, when it is imported itself; or ``anywhere`` in its code."""
+def imported_by(part: str, anywhere: bool = False) -> frozenset[str]:
+    """The parts that a part imports, when it is imported itself; or ``anywhere`` in its code."""
     found = set()
-    for path in files_of(room):
+    for path in files_of(part):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree) if anywhere else _at_import(tree):
             above = len(path.relative_to(PACKAGE).parts)
             if isinstance(node, ast.ImportFrom) and node.level == above:
                 names = [node.module] if node.module else [each.name for each in node.names]
                 found |= {name.partition(".")[0] for name in names}
-    return frozenset((found & {*rooms()}) - {room, "__init__"})
+    return frozenset((found & {*parts()}) - {part, "__init__"})
 
 
-def stands_on(room: str, anywhere: bool = False) -> set[str]:
-    """All rooms that a room imports, and those that these need; ``anywhere`` in its code, or to be imported itself."""
-    waiting = [*imported_by(room, anywhere)]
+def stands_on(part: str, anywhere: bool = False) -> set[str]:
+    """All parts that a part imports, and those that these need; ``anywhere`` in its code, or to be imported itself."""
+    waiting = [*imported_by(part, anywhere)]
     found = set(waiting)
     while waiting:
         below = imported_by(waiting.pop()) - found
@@ -124,11 +124,11 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         # the chapters' file of the idea is next to the package in a checkout, and inside of it in a wheel
         shutil.copytree(ROOT / "notebooks" / "solutions", Path(folder) / "notebooks" / "solutions")
-        for room in gone:
-            for path in (package / room, package / f"{room}.py"):
+        for part in gone:
+            for path in (package / part, package / f"{part}.py"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         answer = Path(folder) / "answer.json"
-        # a fork, since importing torch and transformers anew for each room takes longer than all that is tried here
+        # a fork, since importing torch and transformers anew for each part takes longer than all that is tried here
         if (child := os.fork()) == 0:
             try:
                 for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:
@@ -146,15 +146,15 @@ def _tried(package: Path, script: Callable[[], None]) -> dict[str, object]:
         del sys.modules[name]  # this file has imported the whole package, which would answer for its copy
     failed, error = [], None
     for path in sorted(package.rglob("*.py")):
-        parts = [each for each in path.relative_to(package).with_suffix("").parts if each != "__init__"]
-        if "__main__" in parts and len(parts) > 1:
+        names = [each for each in path.relative_to(package).with_suffix("").parts if each != "__init__"]
+        if "__main__" in names and len(names) > 1:
             continue
         try:
-            importlib.import_module(".".join(["hotswap_lab", *parts]))
+            importlib.import_module(".".join(["hotswap_lab", *names]))
         except Exception as reason:
             lacks = isinstance(reason, ImportError) and "hotswap_lab" not in str(reason)
             if not lacks:  # another package, such as Ray, is not installed
-                failed.append(".".join(parts))
+                failed.append(".".join(names))
     try:
         assert Path(importlib.import_module("hotswap_lab").__file__).parent == package
         script()
@@ -267,66 +267,66 @@ def _compiled(model):
 # ---- the table
 
 
-def stops_without(room: str, failed: list[str]) -> str:
-    """What stops where a room is taken away: the public names in it, the rooms that fail, and those that do in part."""
-    whole, parts = [], []
-    for other in (each for each in by_floor() if each not in (room, "__init__")):
+def stops_without(part: str, failed: list[str]) -> str:
+    """What stops where a part is taken away: the public names in it, the parts that fail, and those that do in part."""
+    whole, partly = [], []
+    for other in (each for each in by_floor() if each not in (part, "__init__")):
         modules = [each for each in failed if each.partition(".")[0] == other]
-        later = room in imported_by(other, anywhere=True) - imported_by(other)
+        later = part in imported_by(other, anywhere=True) - imported_by(other)
         if len(modules) > len(files_of(other)) / 2:
             whole.append(f"`{other}`")
         elif modules or later:
-            parts.append(f"`{other}`")
+            partly.append(f"`{other}`")
     public = [
-        f"`{name}`" for module, names in PUBLIC.items() if module.partition(".")[0] == room for name in names.split()
+        f"`{name}`" for module, names in PUBLIC.items() if module.partition(".")[0] == part for name in names.split()
     ]
     text = ", ".join([*public, *whole])
-    return "; ".join(each for each in (text, f"parts of {', '.join(parts)}" if parts else "") if each) or "nothing else"
+    return "; ".join(each for each in (text, f"partly {', '.join(partly)}" if partly else "") if each) or "nothing else"
 
 
 @functools.cache
-def floor_of(room: str) -> int:
-    """How many rooms stand below a room at most, one on another."""
-    return max((1 + floor_of(each) for each in imported_by(room)), default=0)
+def floor_of(part: str) -> int:
+    """How many parts stand below a part at most, one on another."""
+    return max((1 + floor_of(each) for each in imported_by(part)), default=0)
 
 
 def by_floor() -> list[str]:
-    return sorted((each for each in rooms() if each != "__init__"), key=lambda room: (floor_of(room), room))
+    return sorted((each for each in parts() if each != "__init__"), key=lambda part: (floor_of(part), part))
 
 
-def size_of(room: str) -> str:
-    """The lines of a room, rounded, so that the table changes where a room does."""
-    count = sum(map(lines_of, files_of(room)))
+def size_of(part: str) -> str:
+    """The lines of a part, rounded, so that the table changes where a part does."""
+    count = sum(map(lines_of, files_of(part)))
     return f"{round(count, -2 if count >= 1000 else -1):,}"
 
 
 def table(found: dict[str, dict]) -> str:
     lines = [
-        "| room | lines | what it is for | stands on | without it, these stop |",
+        "| part | lines | what it is for | stands on | without it, these stop |",
         "| --- | ---: | --- | --- | --- |",
     ]
-    for room in by_floor():
-        below = ", ".join(f"`{each}`" for each in by_floor() if each in imported_by(room)) or "nothing"
-        stops = "all" if room in STAY else stops_without(room, found[room]["failed"])
-        lines.append(f"| `{room}` | {size_of(room)} | {purpose_of(room)} | {below} | {stops} |")
+    for part in by_floor():
+        below = ", ".join(f"`{each}`" for each in by_floor() if each in imported_by(part)) or "nothing"
+        stops = "all" if part in STAY else stops_without(part, found[part]["failed"])
+        lines.append(f"| `{part}` | {size_of(part)} | {purpose_of(part)} | {below} | {stops} |")
     return "\n".join(lines) + "\n"
 
 
 def picture() -> str:
     """The floors of the house, the public functions and what they need in color."""
     floors: dict[int, list[str]] = {}
-    for room in by_floor():
-        floors.setdefault(floor_of(room), []).append(room)
+    for part in by_floor():
+        floors.setdefault(floor_of(part), []).append(part)
     width, high = 830, 46
     canvas = Canvas(width, high * len(floors) + 24)
     for floor, members in floors.items():
         y, wide = canvas.height - 12 - high * (floor + 1), (width - 24) / len(members)
-        for number, room in enumerate(members):
-            fill = OURS if room in STAY else BASE if room in NEEDED else WHITE
+        for number, part in enumerate(members):
+            fill = OURS if part in STAY else BASE if part in NEEDED else WHITE
             canvas.box(12 + wide * number + 3, y + 3, wide - 6, high - 6, fill)
-            label = f"{room}, {size_of(room)} lines" if room != "__main__" else f"command, {size_of(room)} lines"
-            canvas.text(12 + wide * (number + 0.5), y + 28, label, bold=room == "core")
-    return canvas.figure("The rooms of the package, each above those that it imports").svg + "\n"
+            label = f"{part}, {size_of(part)} lines" if part != "__main__" else f"command, {size_of(part)} lines"
+            canvas.text(12 + wide * (number + 0.5), y + 28, label, bold=part == "core")
+    return canvas.figure("The parts of the package, each above those that it imports").svg + "\n"
 
 
 def on_page(page: str, rows: str) -> str:
@@ -336,12 +336,12 @@ def on_page(page: str, rows: str) -> str:
 
 
 def tried(*chosen: str) -> dict[str, dict]:
-    """What is found without each room, without all ``leaves``, and with ``core alone``; or of these the ``chosen``."""
+    """What is found without each part, without all ``leaves``, and with ``core alone``; or of these the ``chosen``."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("torch", "peft", "transformers", "diffusers", "fastapi", "ipywidgets", "torch._dynamo"):
         importlib.import_module(name)  # once, for all forks
-    everything = [each for each in rooms() if each not in ("__init__", "compat", "core")]
-    tries = {room: ([room], swaps) for room in (*leaves(), *NEEDED)}
+    everything = [each for each in parts() if each not in ("__init__", "compat", "core")]
+    tries = {part: ([part], swaps) for part in (*leaves(), *NEEDED)}
     tries |= {"leaves": (leaves(), swaps), "core alone": (everything, core_alone)}
     return {name: tried_without(*tries[name]) for name in chosen or tries}
 
