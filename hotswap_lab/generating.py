@@ -1,8 +1,9 @@
-"""Generating: the loop that answers greedily, and a reader in fixed shapes, for rows of a batch at different places.
+"""Generating: the loop that answers greedily, and a reader in two graphs, for rows of a batch at different places.
 
-``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here there
-are two shapes: a chunk of a prompt for each row, or one new token for each. The memory for the keys and values of all
-tokens is allocated at the start, as in gpt-fast (https://github.com/pytorch-labs/gpt-fast).
+``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here, two
+graphs are enough: one reads a part of a prompt in each row, however long the part and the text before it are, and one
+reads a single token in each row. The memory for the keys and values of all tokens is allocated at the start, as in
+gpt-fast (https://github.com/pytorch-labs/gpt-fast).
 """
 
 from __future__ import annotations
@@ -69,19 +70,24 @@ def stream(
 
 @dataclass
 class LayerCache:
-    """The keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``."""
+    """The keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``.
+
+    New tokens look at the first places only, as many as ``seen`` has. It is a tensor, since a graph is compiled again
+    for another integer.
+    """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    length: int
+    seen: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens. A layer calls this, and gets those of all places."""
+        """Store the keys and values of new tokens. A layer calls this, and gets those of all places that are seen."""
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
         self.keys[rows, :, self.positions] = keys.transpose(1, 2)
         self.values[rows, :, self.positions] = values.transpose(1, 2)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        length = self.seen.shape[0]
+        return self.keys[:, :, :length], self.values[:, :, :length]
 
 
 @dataclass
@@ -91,14 +97,22 @@ class RowCache:
     layers: Sequence[LayerCache]
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.layers[0].length
+        return self.layers[0].seen.shape[0]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self.layers[layer_idx].update(keys, values)
 
 
+def any_size(tensor: Tensor, *axes: int) -> Tensor:
+    """Have a graph that is compiled next take any size of these axes, but for those of size 1."""
+    for axis in axes:
+        if tensor.shape[axis] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return tensor
+
+
 class Reader(torch.nn.Module):
-    """A language model that reads on in all rows of a batch, in two shapes: a chunk for each row, or one token.
+    """A language model that reads on in all rows of a batch: up to a chunk of tokens in each row at once.
 
     For models that keep keys and values in transformers' cache and have no other memory of a text: Llama, SmolLM2,
     Qwen, Mistral, Gemma and their like. :meth:`agrees` tells whether a model is one.
@@ -143,21 +157,23 @@ class Reader(torch.nn.Module):
         self.register_buffer("places", torch.arange(longest + 1, device=device), persistent=False)
         #: how many tokens of each row have been read
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.long)
-        #: the compiled steps, by their number of tokens
-        self.compiled: dict[int, Callable[..., Tensor]] = {}
+        #: the compiled step; None if it is not compiled
+        self.compiled: Callable[..., Tensor] | None = None
+        #: the steps that were compiled ahead of time, by their number of tokens
+        self.ahead: dict[int, Callable[..., Tensor]] = {}
 
     @property
     def _lm(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def compile(self, backend: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Compiles a step. Nothing is built before the first one."""
-        self.compiled = dict.fromkeys((self.chunk, 1), torch.compile(self.step, backend=backend, dynamic=False))
+        """Compile a step. Nothing is built before the first one; there will be two graphs."""
+        self.compiled = torch.compile(self.step, backend=backend, dynamic=False)
 
     def use_ahead(self, folder: str | os.PathLike[str], progress: bool = True) -> None:
-        """Computes with both shapes as they were compiled ahead of time, to a file each in a folder.
+        """Use steps that were compiled ahead of time, for a whole chunk and for one token: a file each in a folder.
 
-        A file that is not there is made first (:func:`hotswap_lab.aoti_compile`).
+        A missing file is made first (:func:`hotswap_lab.aoti_compile`). A shorter part is filled up to a chunk.
         """
         from .ahead import aoti_compile, aoti_load  # here, so that all else works without that folder
 
@@ -169,7 +185,7 @@ class Reader(torch.nn.Module):
                 ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
                 inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
                 aoti_compile(self, file, kwargs=inputs, progress=progress)
-            self.compiled[width] = aoti_load(file, self)
+            self.ahead[width] = aoti_load(file, self)
 
     def forget(self, row: int) -> None:
         """Empties one row. Its keys and values are erased, since NaN among them would reach tokens that don't look."""
@@ -187,33 +203,39 @@ class Reader(torch.nn.Module):
         most, counts = max(1, *map(len, parts)), torch.tensor([len(part) for part in parts])
         if (over := int((self.lengths + counts).max())) > self.longest:
             raise ValueError(f"a row would have {over} tokens: expected {self.longest} at most, this reader's longest")
-        # compiled code has two shapes; otherwise a part has the length that it needs
-        width = self.chunk if self.compiled and most > 1 else most
+        # code that was compiled ahead has two shapes
+        width = self.chunk if self.ahead and most > 1 else most
         # the last tokens of all parts are in the last column
         ids = torch.tensor([[0] * (width - len(part)) + part for part in parts])
         places = torch.arange(width) - (width - counts)[:, None]
         positions = torch.where(places < 0, self.longest, self.lengths[:, None] + places)
         inputs = [each.to(self.places.device) for each in (ids, positions)]
-        if step := self.compiled.get(width):
-            try:
-                logits = step(*inputs)
-            except HotswapError:
-                # a pool's proof that these layers keep the rows apart needs a call that is not compiled
-                self.step(*inputs)
-                logits = step(*inputs)
-        else:
-            logits = self.step(*inputs, length=int(self.lengths.max()) + width)
+        step = self.ahead.get(width, self.compiled or self.step)
+        if not self.ahead:  # no token looks beyond the longest row; a graph for one place would be another one
+            seen = self.places[: max(2, int(self.lengths.max()) + width)]
+            inputs = [any_size(inputs[0], 1), any_size(inputs[1], 1), any_size(seen, 0)]
+        try:
+            logits = step(*inputs)
+        except HotswapError:
+            if step == self.step:
+                raise
+            # a pool's proof that these layers keep the rows apart needs a call that is not compiled
+            self.step(*inputs)
+            logits = step(*inputs)
         self.lengths += counts
         return logits[:, -1]
 
-    def step(self, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
-        """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``."""
-        dtype, length = self._lm.dtype, length or self.longest + 1
+    def step(self, ids: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The model itself, with all of its caches: ``[rows, tokens]`` to the logits ``[rows, 1, vocabulary]``.
+
+        ``seen`` are the places that tokens may look at: the first ones of all, or all.
+        """
+        dtype, seen = self._lm.dtype, self.places if seen is None else seen
         # each token sees itself, and all before it in its row
-        visible = (self.places[:length] <= positions[..., None])[:, None]
+        visible = (seen <= positions[..., None])[:, None]
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         memories = ((getattr(self, f"keys_{n}"), getattr(self, f"values_{n}")) for n in range(self.layers))
-        cache = RowCache([LayerCache(*memory, positions, length) for memory in memories])
+        cache = RowCache([LayerCache(*memory, positions, seen) for memory in memories])
         return self._call(ids, cache=cache, attention_mask=mask, position_ids=positions.clamp(max=self.longest - 1))
 
     forward = step

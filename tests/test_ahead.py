@@ -266,7 +266,7 @@ def test_reading_in_rows(tmp_path):
         torch.testing.assert_close(compiled.read(parts), expected, rtol=1e-3, atol=1e-4)
         parts = [[token] for token in expected.argmax(-1).tolist()]
     tokens = torch.ones((2, 1), dtype=torch.long)
-    refused("not made of the rows", lambda _: compiled.compiled[1](tokens, tokens), pool)
+    refused("not made of the rows", lambda _: compiled.ahead[1](tokens, tokens), pool)
 
 
 # ---- layers that are alike

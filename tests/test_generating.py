@@ -1,7 +1,8 @@
-"""Rows at different places read as the model itself does. In two graphs, as chapter 08 shows."""
+"""Rows at different places read as the model itself does. Compiled, in two graphs."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from importlib.util import find_spec, module_from_spec
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import demo
 from hotswap_lab.generating import Reader
+from hotswap_lab.lessons.real_llm import ByLayer
 
 CHUNK, LONGEST = 4, 20
 
@@ -78,6 +80,31 @@ def test_a_token_too_many_is_refused_and_nothing_is_read(model, part):
             reader.read([letters(part), []])
     logits = reader.read([text[LONGEST + 1 - part :], []])[0] if part > 1 else logits[0]
     assert torch.allclose(logits, logits_of(model, text), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Reader, ByLayer])
+def test_two_graphs_read_parts_of_all_lengths_and_compute_nothing_for_filling(model, kind):
+    """The longest part decides the width, and the longest row how far tokens look; as when nothing is compiled."""
+    reader, sizes, graphs = kind(copy.deepcopy(model), rows=2, chunk=CHUNK, longest=LONGEST), [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def call(*values):
+            sizes.append({int(each) for each in values if not isinstance(each, torch.Tensor)})
+            return graph(*values)
+
+        return call
+
+    reader.compile(backend)
+    texts = [letters(14), letters(6)]
+    for row, logits in enumerate(read_all(reader, texts, sizes=(3, 2))):
+        assert torch.allclose(logits, logits_of(model, texts[row]), atol=1e-4)
+    for part in ([[7], []], [[], [3, 4, 5, 6]], [[1], [8]]):
+        reader.read(part)
+    assert len(graphs) == 2
+    of_a_call = sizes[:: len(sizes) // 8]
+    assert of_a_call == [{3}, {3, 6}, {3, 9}, {3, 12}, {2, 14}, {15}, {4, 19}, {16}]
 
 
 def test_reading_needs_nothing_of_ahead(model, monkeypatch):

@@ -1,4 +1,4 @@
-"""Chapter 05: a real language model in fixed shapes, so that it can be compiled, and what a swap does to its cache."""
+"""Chapter 05: a real language model in two graphs, and what a swap does to its cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from .. import compat, demo, generating
 from ..pools.adapter_pool import AdapterPool
 from .exercise import Exercise
 
-# --- generation in fixed shapes ----------------------------------------------------------------------------------
+# --- generation in two graphs ------------------------------------------------------------------------------------
 
 
 class ByLayer(generating.Reader):
@@ -27,7 +27,7 @@ class ByLayer(generating.Reader):
         compat.inductor_config.compile_threads = 1
         for layer in self._lm.model.layers:
             layer.compile(backend=backend, dynamic=False)
-        self.compiled: dict[int, Callable[..., Tensor]] = dict.fromkeys((self.chunk, 1), self.step)
+        self.compiled: Callable[..., Tensor] | None = self.step
 
     def _call(self, ids: Tensor, *, cache: Any, **inputs: Tensor) -> Tensor:
         if not inputs:  # the first call, which finds the sizes of the caches
@@ -35,18 +35,19 @@ class ByLayer(generating.Reader):
         llama = self._lm.model
         hidden = llama.embed_tokens(ids)
         rotation = llama.rotary_emb(hidden, position_ids=inputs["position_ids"])
+        rest = {"position_embeddings": [generating.any_size(each, 1) for each in rotation]}
+        rest["attention_mask"] = generating.any_size(inputs["attention_mask"], 2, 3)
         for layer, own in zip(llama.layers, cache.layers, strict=True):
-            rest = {"position_embeddings": rotation, self._cache: own}
-            hidden = layer(hidden, attention_mask=inputs["attention_mask"], **rest)
+            hidden = layer(generating.any_size(hidden, 1), **rest, **{self._cache: own})
         return self._lm.lm_head(llama.norm(hidden[:, -1:]))
 
 
 class Chat:
-    """A Llama model that answers greedily, in two shapes only: a chunk of a prompt, and one new token.
+    """A Llama model that answers greedily, in two graphs only: one for parts of a prompt, and one for a new token.
 
     ``torch.compile`` makes a graph for each shape that it meets, so a text that grows would be compiled at each
-    token. Here a prompt is read in chunks, the last one filled up with tokens that are ignored, and keys and values
-    have a place for each token from the start (:class:`hotswap_lab.generating.Reader`, here with one row).
+    token. Here the sizes that grow are marked as dynamic, and keys and values have a place for each token from the
+    start (:class:`hotswap_lab.generating.Reader`, here with one row).
 
     Parameters
     ----------

@@ -59,7 +59,7 @@ class Options:
     for mixes, whose ranks add up, and for adapters that come later; 0 is enough for a mix of any two of the first ones.
     ``held``: how many adapters are in memory; the ones used least recently are dropped, and read again when wanted; 0
     is twice as many as there are at first, so that new versions find room next to the old ones. ``compile``: whether
-    the model is compiled, once for each of two shapes. ``package``: a folder with the model compiled ahead of time; the
+    the model is compiled, into two graphs. ``package``: a folder with the model compiled ahead of time; the
     first start writes it. ``timeout``: how many seconds a request waits for the next piece of its answer. ``warm``:
     whether a server answers once by itself before it is ready. ``dtype``: the model's, as ``bfloat16``; without it, its
     files' own. ``layers``: the layers to reserve for adapters that come later, by their names as in PEFT's
