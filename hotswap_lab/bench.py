@@ -298,8 +298,7 @@ class Scene:
 
     def pool(self) -> AdapterPool:
         """A pool on a model of its own; an adapter's name is its number."""
-        adapters = {str(number): folder for number, folder in enumerate(self.folders)}
-        return AdapterPool(self.load(), adapters=adapters, progress=False)
+        return AdapterPool(self.load(), adapters={f"{n}": each for n, each in enumerate(self.folders)}, progress=False)
 
     @torch.no_grad()
     def outputs(self, model: Callable[..., Any]) -> torch.Tensor:
@@ -320,8 +319,7 @@ class Scene:
         target = torch.zeros(nbytes, dtype=torch.uint8, device=self.settings.device)
         # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
         pinned = self.settings.device.startswith("cuda")
-        values = range(1, len(self.folders) + 1)
-        sources = [torch.full((nbytes,), value, dtype=torch.uint8, pin_memory=pinned) for value in values]
+        sources = [torch.full((nbytes,), n + 1, dtype=torch.uint8, pin_memory=pinned) for n in range(len(self.folders))]
         copy_in = functools.partial(target.copy_, non_blocking=True)
         return Way(lambda number: copy_in(sources[number]), lambda number: torch.equal(target.cpu(), sources[number]))
 

@@ -52,16 +52,14 @@ def snapshot(room: Room, members: Members) -> Packed:
     state, scalings = room.state, room.scalings[0].detach().clone()
     if room.assigned:
         return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
-    if (owner := owner_in(room, members)) and (packed := owner.packed if isinstance(owner, Member) else None):
-        if _are_in(room, packed.bands):
-            return Packed(state, packed.bands, scalings)
-        owner = None
-    if not owner:
-        state = replace(state, owner=None)  # it may be an adapter of the pool that was trained since
-    taken = room.components_for(state)[1] if owner else [len(band.memory) for band in room.bands]
+    owner = owner_in(room, members)
+    packed = owner.packed if isinstance(owner, Member) else None
+    if packed and _are_in(room, packed.bands):
+        return Packed(state, packed.bands, scalings)
+    # an adapter of the pool may have been trained, or written to, since
+    state = replace(state, owner=None if packed else owner)
     with torch.inference_mode(False), torch.no_grad():
-        pairs = zip(room.bands, taken, strict=True)
-        bands = tuple([new_band(band.memory, number).copy_(band.memory[:number]) for band, number in pairs])
+        bands = tuple([new_band(band.memory, len(band.memory)).copy_(band.memory) for band in room.bands])
     return Packed(state, bands, scalings)
 
 

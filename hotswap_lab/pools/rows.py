@@ -66,11 +66,10 @@ class RowSpan(Span):
         return flat if first else flat.movedim(1 + axis, 1)
 
     def few(self) -> torch.Tensor:
-        """The positions in a row of :data:`FEW` numbers of the first component, which is no adapter's padding."""
-        size = math.prod(self.shape)
-        positions = replace(self, start=0).view(torch.arange(self.start, self.start + size, device="cpu"))
+        """The positions in a row of at least :data:`FEW` numbers of the first component, which is never padding."""
+        positions = replace(self, start=0).view(torch.arange(math.prod(self.shape), device="cpu"))
         first = self.tensor.own(positions, 1).flatten()
-        return first[torch.linspace(0, len(first) - 1, min(FEW, len(first)), device="cpu").long()]
+        return self.start + first[:: max(len(first) // FEW, 1)]
 
 
 class RowRoom(Room):
@@ -173,19 +172,16 @@ class RowRoom(Room):
         states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
         if any(dropout for state in states for dropout in state.columns["dropout"]):
             raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
-        row = self.assigned[0] if self.assigned else None
-        parts = row.bands if row else () if self.assigned else [self._rows_of(band)[1] for band in self.bands]
-        pairs = list(zip(self._memories, parts, strict=False))
-        if is_touched := self.is_touched:
-            is_same = all(torch.equal(memory, part.to(memory.device)) for memory, part in pairs)
-        else:
-            # while a graph of CUDA's is recorded, nothing can be read; what it replays later calls no Python at all
-            few = zip(pairs, self.few, strict=False) if not _is_capturing(self._memories[0]) else ()
-            is_same = all(torch.equal(memory[at], part[at].to(memory.device)) for (memory, part), at in few)
-        if not is_same:
-            raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
-        if is_touched:
-            self._versions = self._versions_now()  # the same values were written again, or restored
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return  # nothing can be read while CUDA records a graph, and when it replays one, no Python runs
+        others = [self._rows_of(band)[1] for band in self.bands]
+        parts = getattr(self.assigned[0], "bands", ()) if self.assigned else others
+        versions = self._versions_now()
+        for memory, part, few in zip(self._memories, parts, self.few, strict=False):
+            at = few if versions == self._versions else slice(None)
+            if not torch.equal(memory[at], part[at].to(memory.device)):
+                raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
+        self._versions = versions  # if it moved, the same values were written again, or restored
 
     # ---- scalings
 
@@ -240,10 +236,9 @@ class RowRoom(Room):
 
         A row that has it already is not written again, but for row 0, which other code may have written to.
         """
-        known = self.assigned
         bands = [each and each.bands for each in rows]
-        before = [each and each.bands for each in known]
-        changed = [n for n, own in enumerate(bands) if n >= len(known) or own is not before[n]]
+        before = [each and each.bands for each in self.assigned]
+        changed = [n for n, own in enumerate(bands) if n >= len(before) or own is not before[n]]
         first = rows[0]
         state = self.state if first is None else first.state
         now, trained = self.scalings_of(state, strength), self.scalings_of(state)
@@ -275,10 +270,6 @@ class RowRoom(Room):
 
         change.steps.append(note)
         return change
-
-
-def _is_capturing(memory: torch.Tensor) -> bool:
-    return memory.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
