@@ -221,7 +221,7 @@ class Report:
         return json.dumps({**vars(self), "settings": vars(self.settings), "rows": rows}, indent=1)
 
 
-# --- the model, two adapters, and what a fresh load of each computes -------------------------------------------------
+# --- the model, its adapters, and what a fresh load of each computes -------------------------------------------------
 
 
 def make_base(settings: Settings) -> torch.nn.Module:
@@ -240,7 +240,7 @@ def make_base(settings: Settings) -> torch.nn.Module:
 
 
 class Way(NamedTuple):
-    """One way of swapping: a function that swaps in adapter 0 or 1, and one that tells whether that was right."""
+    """One way of swapping: a function that swaps in an adapter by its number, and one that tells whether it did."""
 
     swap: Callable[[int], object]
     is_right: Callable[[int], bool]
@@ -256,7 +256,7 @@ class Way(NamedTuple):
 
 
 class Scene:
-    """A base model, two adapters for it in folders, and the outputs of a fresh load of each.
+    """A base model, adapters for it in folders, and the outputs of a fresh load of each.
 
     Parameters
     ----------
@@ -283,7 +283,7 @@ class Scene:
         self.options: dict[str, Any] = dict(torch_device=settings.device, autocast_adapter_dtype=False)
         #: token ids
         self.inputs: torch.Tensor = torch.arange(16, device=base.device)[None] * 7 % base.config.vocab_size
-        self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in (0, 1)]
+        self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in range(len(folders))]
 
     def load(self, number: int = 0) -> PeftModel:
         """A fresh load of an adapter by PEFT alone. It shares the base's weights, which no way of swapping changes."""
@@ -291,14 +291,14 @@ class Scene:
         return PeftModel.from_pretrained(copy.deepcopy(self.base, shared), self.folders[number], **self.options).eval()
 
     def prepared(self) -> PeftModel:
-        """The first adapter in a model prepared for both."""
+        """The first adapter in a model prepared for all."""
         model = self.load()
         prepare_model_for_compiled_hotswap(model, adapters=self.folders)
         return model
 
     def pool(self) -> AdapterPool:
         """A pool on a model of its own; an adapter's name is its number."""
-        return AdapterPool(self.load(), adapters=dict(zip("01", self.folders, strict=True)), progress=False)
+        return AdapterPool(self.load(), adapters={f"{n}": each for n, each in enumerate(self.folders)}, progress=False)
 
     @torch.no_grad()
     def outputs(self, model: Callable[..., Any]) -> torch.Tensor:
@@ -319,7 +319,7 @@ class Scene:
         target = torch.zeros(nbytes, dtype=torch.uint8, device=self.settings.device)
         # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
         pinned = self.settings.device.startswith("cuda")
-        sources = [torch.full((nbytes,), number + 1, dtype=torch.uint8, pin_memory=pinned) for number in (0, 1)]
+        sources = [torch.full((nbytes,), n + 1, dtype=torch.uint8, pin_memory=pinned) for n in range(len(self.folders))]
         copy_in = functools.partial(target.copy_, non_blocking=True)
         return Way(lambda number: copy_in(sources[number]), lambda number: torch.equal(target.cpu(), sources[number]))
 
@@ -379,7 +379,7 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
     def in_memory() -> Way:
         model = scene.load()
         for number in range(1, 8):
-            model.load_adapter(scene.folders[number % 2], str(number), **scene.options)
+            model.load_adapter(scene.folders[number % len(adapters)], str(number), **scene.options)
         return scene.way(model, lambda number: model.set_adapter(str(number or "default")))
 
     def from_source(model: PeftModel, swap: Callable, sources: Sequence = scene.folders, **options: object) -> Way:
@@ -405,7 +405,7 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
         "hotswap_lab, state dict, prepared": lambda: from_tensors(scene.prepared(), hotswap_adapter_from_state_dict),
         "hotswap_lab, Adapter, prepared": lambda: from_source(scene.prepared(), hotswap_adapter, adapters),
         "hotswap_lab, pool": pooled,
-        MEMCPY: lambda: scene.copying(scene.pool().nbytes // 2),
+        MEMCPY: lambda: scene.copying(scene.pool().nbytes // len(adapters)),
     }
 
 

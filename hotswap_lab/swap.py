@@ -353,7 +353,9 @@ def prepare_model_for_compiled_hotswap(
     To train a prepared model, make the optimizer with ``foreach=True`` (``optim="adamw_torch"`` in a ``Trainer``): the
     parameters are views of one memory, which a fused optimizer can't write to. Its first step is refused. Adafactor and
     Muon also look at the zeros beyond the adapter's rank, so their steps differ from those in an unprepared model.
-    FSDP2's ``fully_shard`` refuses such views: shard a model that isn't prepared.
+    FSDP2's ``fully_shard`` refuses such views: shard a model that isn't prepared. PyTorch's ``parameters_to_vector``
+    fails on them: use ``torch.cat([each.reshape(-1) for each in parameters])``, and ``each.data.copy_`` to write back,
+    since ``vector_to_parameters`` moves parameters out of that memory, after which a pool refuses to swap.
 
     The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
     (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it

@@ -123,6 +123,19 @@ def test_a_way_that_does_nothing_is_always_behind_or_raises_is_told_apart(scene)
     assert calls == [1, 0, 1] + [0, 1] * 2  # every call swaps, and the timed ones swap alike
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_swaps_in_the_adapter_of_the_number_among_any_number_of_them(tmp_path, way):
+    """README's picture has three."""
+    settings = Settings(model="tiny", layers=1)
+    base = make_base(settings)
+    folders = [each for rank in (2, 4) for each in bench.save_adapters(base, rank, str(tmp_path / str(rank)))][:3]
+    scene = Scene(base, settings, folders)
+    made = ways_of(scene)[way]()
+    for number in (*range(len(folders)), 0, 1):
+        made.swap(number)
+        assert [made.is_right(each) for each in range(3)] == [each == number for each in range(3)]
+
+
 def test_the_ways_take_turns_and_only_the_timed_calls_count():
     calls, seconds = [], itertools.cycle((0.05, 0))
     ways = {name: lambda name=name: calls.append(name) for name in "ab"}
@@ -173,9 +186,15 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
 
 @pytest.mark.long
 def test_the_rows_of_chapter_05_are_ways_that_the_named_command_measures():
-    """Here with the embedded model, since only the names are looked at."""
+    """And each swaps in all of its adapters. Here with the embedded model, whose times nobody looks at."""
     folders = [demo.adapter_path(name) for name in ("reverse", "shout", "caesar")]
-    timed = first.ways(Scene(demo.load_base(), Settings(model="demo"), folders), demo.load_tokenizer())
+    scene = Scene(demo.load_base(), Settings(model="demo"), folders)
+    timed = first.ways(scene, demo.load_tokenizer())
+    for way in timed.keys() - {MEMCPY}:
+        for number, expected in enumerate(scene.expected):
+            timed[way].swap(number)
+            with torch.compiler.set_stance("force_eager"):
+                assert scene.is_close(scene.outputs(timed[way].chat.reader.model), expected), (way, number)
     assert timed.keys() == first.DRAWN.keys() | {MEMCPY}
     cells = {cell.id: cell for cell in nbformat.read(first.CHAPTER, as_version=4).cells}
     assert "`python notebooks/pictures/first.py` measures it" in cells["voices-turns"].source

@@ -145,7 +145,7 @@ NOTES = {
     "a mark on a layer": lambda pool: vars(first(pool.model)).update(hotswap_off=frozenset({"default"})),
     "the rows": lambda pool: setattr(pool._room, "assigned", pool._room.assigned[:1]),
     "the memory of another row": lambda pool: pool._room._rows_of(pool._room.bands[0])[1, 0].add_(1e-6),
-    "how much of the memory is used": lambda pool: pool._room.used.append(1),
+    "which numbers are looked at": lambda pool: pool._room.few.append(torch.zeros(1)),
     "how often a batch has a row": lambda pool: setattr(pool._room.batch, "copies", 2),
     "a call that has not ended": lambda pool: setattr(pool._room.batch.local, "outer", 0),
     "a proof": lambda pool: pool._room.batch.proven.update({(0,): frozenset({1})}),

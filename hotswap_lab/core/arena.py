@@ -2,8 +2,8 @@
 
 A band is a matrix whose row ``j`` holds rank component ``j`` of every tensor in it: row ``j`` of each ``lora_A``,
 column ``j`` of each ``lora_B``. So an adapter of rank ``r`` is the first ``r`` rows, regardless of the rank that the
-model was prepared for: a swap copies ``r`` rows at once, and zeroes those that only the previous adapter used. The
-model's parameters are strided views of this memory.
+model was prepared for: a swap copies ``r`` rows at once, and zeroes the others. The model's parameters are strided
+views of this memory.
 
 Tensors with room for another rank are in another band. Tensors that can't be split by rank component (both tensors of a
 grouped convolution, whose components are stored in blocks) are kept whole, one after the other, in a tail.

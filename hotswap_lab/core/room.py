@@ -122,13 +122,9 @@ class Room:
         self._memories: list[torch.Tensor] = [band.memory for band in self.bands]
         self.scalings: tuple[torch.Tensor, ...] = tuple(scalings)
         self.state = state
-        #: whether other code wrote to the weights and no version counter shows it
-        self.was_touched: bool = False
         self.spans: dict[SlotTensor, tuple[Band, Span]] = {
             span.tensor: (band, span) for band in self.bands for span in band.spans
         }
-        #: how many components of each band may not be zero; a tail is written whole
-        self.used: list[int] = [len(band.memory) for band in self.bands]
         #: the views of a layer's tensors that an adapter of a rank fills
         self._own_views: dict[tuple[SlotLayer, int | None], list[torch.Tensor]] = {}
 
@@ -175,8 +171,12 @@ class Room:
 
     @property
     def is_touched(self) -> bool:
-        """Whether other code has written to the weights since the room did: an optimizer, ``load_state_dict``."""
-        return self.was_touched or self._versions_now() != self._versions
+        """Whether a version counter shows that other code has written to the weights since the room did.
+
+        Writes of an optimizer and of ``load_state_dict`` are counted. Writes through ``.data`` are not, nor any in
+        inference mode, so no weights depend on this.
+        """
+        return self._versions_now() != self._versions
 
     def _versions_now(self) -> int:
         """The sum of all version counters. It shows any write, since no counter ever decreases."""
@@ -184,7 +184,6 @@ class Room:
 
     def _note_write(self, journal: Journal) -> None:
         """Note the version counters, so that they show when other code writes from now on."""
-        journal.set_item(self.__dict__, "was_touched", False)
         journal.record(lambda: setattr(self, "_versions", self._versions_now()))
         if not self.slot.is_inference:  # autograd doesn't notice writes to the memory that a parameter is a view of
             torch.autograd.graph.increment_version(self._parameters)
@@ -195,7 +194,6 @@ class Room:
         name, layers = self.slot.adapter_name, [layer.module for layer in self.slot.layers]
         settings = [None if is_marked_off(layer, name) else settings_of(layer, name) for layer in layers]
         journal.set_attribute(self, "state", State(tuple(settings), config))
-        journal.set_attribute(self, "used", [len(band.memory) for band in self.bands])
 
     # ---- locations
 
@@ -214,7 +212,7 @@ class Room:
         return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
 
     def components_for(self, state: State) -> tuple[list[int], list[int]]:
-        """For each band, the number of components that an adapter fills completely, and the number that it uses."""
+        """For each band, the number of components that an adapter fills in all tensors, and in any of them."""
         layers = zip(self.slot.layers, state.settings, strict=True)
         rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
         filled, taken = [], []
@@ -249,8 +247,7 @@ class Room:
 
     def change_to_packed(self, packed: Packed, strength: float = 1.0) -> Change:
         """The change that puts a packed adapter in. The room must be intact."""
-        taken = list(map(len, packed.bands))
-        change = self._change(packed.state, None, taken, taken)
+        change = self._change(packed.state, None, list(map(len, packed.bands)))
         for memory, own in zip(self._memories, packed.bands, strict=True):
             if len(own):
                 change.copies.append((memory[: len(own)], own))
@@ -261,7 +258,7 @@ class Room:
     def change_without_weights(self, settings: OfLayers, config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
-        change = self._change(state, config, *self.components_for(state))
+        change = self._change(state, config, self.components_for(state)[0])
         write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(state))
         return change
 
@@ -284,34 +281,31 @@ class Room:
         write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(self.state, strength))
         return change
 
-    def _change(self, state: State, config: Config | None, filled: list[int], taken: list[int]) -> Change:
-        """The change for a swap without the weights. It zeroes all components that the new weights may not cover.
+    def _change(self, state: State, config: Config | None, filled: list[int]) -> Change:
+        """The change for a swap without the weights. It zeroes all components that the new weights don't fill.
 
-        ``config`` is that of the model afterwards; None: a copy of that of ``state``.
+        Nothing is remembered about them: any code may have written there through ``.data``, which leaves no trace, and
+        to look at all of them takes as long as to write them. ``config`` is that of the model afterwards; None: a copy
+        of that of ``state``.
         """
         slot = self.slot
         if config is None:
             vars(config := copy_of(state.config))[WHEN] = time.time()
         change = Change(slot.is_inference)
         follow(change, slot, config, is_kept=True)
-        # after this swap, the counters don't show earlier writes
-        self.was_touched = self.was_touched or self._versions_now() != self._versions
-        # other code that writes to the memory may write to any component
-        before = list(map(len, self._memories)) if self.was_touched else self.used
-        for memory, start, stop in zip(self._memories, filled, before, strict=True):
-            if start < stop:
-                change.copies.append((memory[start:stop], memory.new_zeros(()).expand_as(memory[start:stop])))
-        change.steps.append(functools.partial(self._enter, state, config, taken))
+        for memory, start in zip(self._memories, filled, strict=True):
+            if len(rest := memory[start:]):
+                change.copies.append((rest, rest.new_zeros(()).expand_as(rest)))
+        change.steps.append(functools.partial(self._enter, state, config))
         return change
 
-    def _enter(self, state: State, config: Config, used: list[int], journal: Journal) -> None:
+    def _enter(self, state: State, config: Config, journal: Journal) -> None:
         slot, before = self.slot, self.state
         self._note_write(journal)
         if is_trained := True in [parameter.requires_grad for parameter in self._parameters]:
             clear_gradients(self._parameters, journal)
         journal.set_item(slot.host.configs, slot.adapter_name, config)
         journal.set_item(self.__dict__, "state", state)
-        journal.set_item(self.__dict__, "used", used)
         fields = [field for field, values in state.columns.items() if values != before.columns[field]]
         # what is off must not be trained, even if the user has set `requires_grad` since
         keeps_on = state.on == before.on and not (is_trained and False in state.on)

@@ -8,6 +8,7 @@ stays valid. An adapter of a lower rank than was prepared for is padded with zer
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,7 +100,8 @@ def _fill_up(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict,
             raise refused("state_dict_of_another", key=key, shape=tuple(value.shape), expected=text, adapter_name=name)
     for slot in base.__dict__.get(SLOTS, {}).values():
         if slot and slot.room and slot.is_inference:
-            slot.room.was_touched = True  # inference tensors have no version counter that would show this write
+            # inference tensors have no version counter that would show this write
+            slot.room.state = replace(slot.room.state, owner=None)
     for key, layer, name, tensor, off, _reason in marked:
         if off:
             state_dict.setdefault(key, tensor.parameter.detach())

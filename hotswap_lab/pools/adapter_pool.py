@@ -377,7 +377,7 @@ class AdapterPool:
         self.strength = 0
 
     def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
-        """Give each row of the next batches its own adapter. Only rows that change are written.
+        """Give each row of the next batches its own adapter. Row 0 and rows that change are written.
 
         A proof runs before the first batch of each kind of inputs (their names, dtypes and numbers of axes) whose
         rows differ: ``2 + log2(rows)`` forwards, or three times as many where the rows may have other lengths, with a

@@ -1,6 +1,6 @@
 """The adapters in a model before a swap, and how they are put back, with the weights that they have by then."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -52,13 +52,14 @@ def snapshot(room: Room, members: Members) -> Packed:
     state, scalings = room.state, room.scalings[0].detach().clone()
     if room.assigned:
         return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
-    if not (loaded := owner_in(room, members)):
-        state = replace(state, owner=None)  # it may be an adapter of the pool that was trained since
-    if isinstance(loaded, Member) and loaded.packed:
-        return Packed(state, loaded.packed.bands, scalings)
+    owner = owner_in(room, members)
+    packed = owner.packed if isinstance(owner, Member) else None
+    if packed and _are_in(room, packed.bands):
+        return Packed(state, packed.bands, scalings)
+    # an adapter of the pool may have been trained, or written to, since
+    state = replace(state, owner=None if packed else owner)
     with torch.inference_mode(False), torch.no_grad():
-        taken = zip(room.bands, room.components_for(state)[1], strict=True)
-        bands = tuple([new_band(band.memory, number).copy_(band.memory[:number]) for band, number in taken])
+        bands = tuple([new_band(band.memory, len(band.memory)).copy_(band.memory) for band in room.bands])
     return Packed(state, bands, scalings)
 
 
@@ -110,10 +111,15 @@ def is_in(room: Room, packed: Packed) -> bool:
     configs = [_with_sets(each.config) for each in (packed.state, state)]
     if packed.state.settings != state.settings or configs[0] != configs[1]:
         return False
-    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, packed.bands, strict=True)]
     # the scaling of a layer that is off doesn't matter
-    pairs += [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
-    return all(torch.equal(one.detach(), other.to(one.device)) for one, other in pairs)
+    pairs = [(scalings[state.on], packed.scalings[state.on]) for scalings in room.scalings]
+    return _are_in(room, packed.bands) and all(torch.equal(one, other.to(one.device)) for one, other in pairs)
+
+
+def _are_in(room: Room, bands: Sequence[torch.Tensor]) -> bool:
+    """Whether a room has these weights, from a look at all of them."""
+    pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, bands, strict=True)]
+    return all(torch.equal(one, other.to(one.device)) for one, other in pairs)
 
 
 def _with_sets(config: Config) -> dict[str, object]:

@@ -30,6 +30,8 @@ from .batch import Batch
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
 
+#: how many numbers of each tensor are looked at before a forward
+FEW = 8
 #: the rank from which a compiled sum reads ``lora_B`` faster in PEFT's layout than one component after the other
 LONG = 16
 
@@ -63,6 +65,12 @@ class RowSpan(Span):
         flat = memory[:, self.start : self.start + math.prod(shape)].unflatten(1, share)
         return flat if first else flat.movedim(1 + axis, 1)
 
+    def few(self) -> torch.Tensor:
+        """The positions in a row of at least :data:`FEW` numbers of the first component, which is never padding."""
+        positions = replace(self, start=0).view(torch.arange(math.prod(self.shape), device="cpu"))
+        first = self.tensor.own(positions, 1).flatten()
+        return self.start + first[:: max(len(first) // FEW, 1)]
+
 
 class RowRoom(Room):
     """A room with space for several adapters, one for each row of a batch."""
@@ -86,6 +94,8 @@ class RowRoom(Room):
                 raise refused("rows_not_trained", adapter_name=slot.adapter_name, found=TRAINED)
         families = {cls.__module__.partition(".")[0] for cls in type(slot.host.base).__mro__}
         self.batch: Batch = Batch(self, is_tiled="diffusers" in families)
+        #: for each band, the positions of a few numbers of each tensor
+        self.few: list[torch.Tensor] = [torch.cat([span.few() for span in band.spans]) for band in self.bands]
 
     @classmethod
     def new_bands(cls, tensors: Sequence[tuple[SlotTensor, tuple[int, ...]]], like: torch.Tensor) -> list[Band]:
@@ -152,20 +162,26 @@ class RowRoom(Room):
         self.batch.unwatch(journal)
 
     def check_rows(self) -> None:
-        """Refuse writes and moves by other code, which reach row 0 only; and dropout in training mode."""
+        """Refuse writes and moves by other code, which reach row 0 only; and dropout in training mode.
+
+        Each forward calls this. So it compares a few numbers of each tensor, where any write to a whole tensor shows,
+        and all of them only after a write that was counted.
+        """
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
             raise refused("rows_lost_their_place", adapter_name=self.slot.adapter_name)
         states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
         if any(dropout for state in states for dropout in state.columns["dropout"]):
             raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
-        if not self.is_touched:
-            return
-        row = self.assigned[0] if self.assigned else None
-        bands = row.bands if row else () if self.assigned else [self._rows_of(band)[1] for band in self.bands]
-        pairs = zip(self.bands, bands, strict=False)
-        if not all(torch.equal(band.memory, part.to(band.memory.device)) for band, part in pairs):
-            raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
-        self._versions = self._versions_now()  # the same values were written again, or restored
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return  # nothing can be read while CUDA records a graph, and when it replays one, no Python runs
+        others = [self._rows_of(band)[1] for band in self.bands]
+        parts = getattr(self.assigned[0], "bands", ()) if self.assigned else others
+        versions = self._versions_now()
+        for memory, part, few in zip(self._memories, parts, self.few, strict=False):
+            at = few if versions == self._versions else slice(None)
+            if not torch.equal(memory[at], part[at].to(memory.device)):
+                raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
+        self._versions = versions  # if it moved, the same values were written again, or restored
 
     # ---- scalings
 
@@ -216,22 +232,22 @@ class RowRoom(Room):
     # ---- one adapter for each row
 
     def change_rows(self, rows: Sequence[Packed | None], copies: int, strength: float | torch.Tensor = 1.0) -> Change:
-        """The change that puts an adapter, or none, into each row. A row that has it already is not written again."""
-        self.was_touched: bool = self.is_touched
-        known = () if self.was_touched else self.assigned
+        """The change that puts an adapter, or none, into each row.
+
+        A row that has it already is not written again, but for row 0, which other code may have written to.
+        """
         bands = [each and each.bands for each in rows]
-        before = [each and each.bands for each in known]
-        changed = [n for n, own in enumerate(bands) if n >= len(known) or own is not before[n]]
+        before = [each and each.bands for each in self.assigned]
+        changed = [n for n, own in enumerate(bands) if n >= len(before) or own is not before[n]]
         first = rows[0]
         state = self.state if first is None else first.state
         now, trained = self.scalings_of(state, strength), self.scalings_of(state)
         if first is not None and 0 in changed:
-            taken = list(map(len, first.bands))
-            change = self._change(state, None, taken, taken)
+            change = self._change(state, None, list(map(len, first.bands)))
         else:
             change = begin_change(self.slot)
             change.steps.append(self._note_write)
-        for number in changed:
+        for number in {0, *changed}:
             if (own := bands[number]) is not None:
                 change.copies += zip([self._rows_of(band)[number] for band in self.bands], own, strict=True)
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]

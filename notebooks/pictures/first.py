@@ -119,7 +119,7 @@ def ways(scene: Scene, tokenizer: Any) -> dict[str, Timed]:
         found[name] = Timed(lambda number, swap=swap: swap(scene.folders[number]), chat_of(model, backend))
     found["hotswap_lab, pool"] = Timed(lambda number: pool.swap(VOICES[number]), chat_of(pool.model, backend))
     copy = scene.copying(pool.nbytes // len(VOICES))
-    found[MEMCPY] = Timed(lambda number: copy.swap(number % 2), found["hotswap_lab, pool"].chat)
+    found[MEMCPY] = Timed(copy.swap, found["hotswap_lab, pool"].chat)
     return found
 
 
