@@ -23,6 +23,7 @@ from .errors import refused
 from .host import TunerLayer
 from .journal import Journal
 from .lora import EvalFreeDropout
+from .method import Method
 from .slot import Slot
 from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE, SCALING, SlotTensor, is_shared, shared_as
 
@@ -227,6 +228,24 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
         journal.set_item(layer.__dict__, attribute, after)
 
 
+def merge_what_is_on(
+    layer: Any, method: Method, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> None:
+    """PEFT's ``merge`` of a layer, without adapters that are off there, since a fresh load's layer doesn't have them.
+
+    PEFT notes what is merged into a layer, and skips all other adapters there as long as something is. A layer gets
+    this when an adapter is first turned off there, as an attribute of its own: another class would recompile it.
+    """
+    if not isinstance(adapter_names, str):  # which PEFT refuses
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        off = {name for name in names if is_off(layer, name, method.tensors_of(layer, name) or ())}
+        off -= layer.__dict__.get(ROOM_ATTRIBUTE, frozenset())  # the layer computes with rows, which can't be merged
+        adapter_names = [name for name in names if name not in off]
+        if off and not adapter_names:
+            return
+    type(layer).merge(layer, safe_merge, adapter_names)
+
+
 def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool:
     """Whether the adapter, with these tensors, is turned off on this layer.
 
@@ -234,7 +253,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
     or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
     the others takes a call in every process, but a state dict may be requested in one of them only.
     """
-    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors if not each.reads_base)
+    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors)
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:

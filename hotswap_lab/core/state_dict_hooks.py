@@ -127,23 +127,10 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
 
 def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
     """A warning if the magnitude or bias of a layer that is off was trained: PEFT's ``set_adapter`` unfreezes them."""
-    # while an adapter is merged, the base weight is not the one that the magnitude was computed from
-    if tensor.rank_axis is not None or not of_lora or tensor.is_shard or layer.merged_adapters:
+    if tensor.rank_axis is not None or not of_lora or tensor.is_shard:
         return None
-    if not all(each.is_zero for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
+    if tensor.is_zero or not all(each.is_zero for each in of_lora if each.rank_axis is not None):
         return None
     found = f"is off on a layer, but its {tensor.key} there was written to, {DIFFERS}"
     cause = "PEFT's set_adapter lets it be trained: call that before a swap, not after."
     return f"The adapter {adapter_name!r} {found}. {cause}"
-
-
-def _means_off(layer: Any, tensor: SlotTensor) -> bool:
-    """Whether a magnitude or bias has no effect, up to the rounding of another device or precision."""
-    if not tensor.reads_base:
-        return tensor.is_zero
-    value, expected, weight = tensor.parameter.detach(), tensor.off_value(), layer.get_base_layer().weight
-    if expected.is_meta or value.is_meta:
-        return True  # without data, this can't be checked
-    computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
-    return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)
