@@ -3,7 +3,6 @@
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -31,6 +30,7 @@ from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
+from .guards import device_with_values
 from .lora import MAGNITUDE, zero_magnitudes
 from .shards import check_parallel_training, holds_shards
 from .targets import TARGETS, Targets, find_targets, keep_targets
@@ -225,10 +225,8 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         # most methods compute something from the base weights at first: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
-    # PEFT makes tensors without naming a device
-    is_meta = torch.get_default_device().type == "meta"
     try:
-        with slot.write_mode(), torch.device("cpu") if is_meta else contextlib.nullcontext():
+        with slot.write_mode(), device_with_values():
             fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error

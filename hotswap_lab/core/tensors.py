@@ -61,7 +61,7 @@ class SlotTensor:
         if memory.is_meta:
             hook = getattr(self.owner, "_hf_hook", None)  # one, or several in a row
             kept = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
-            memory = kept[0][self.name] if kept else torch.ones(())
+            memory = kept[0][self.name] if kept else torch.ones((), device="cpu")
         return not memory.any()
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
