@@ -13,7 +13,6 @@ All of it is noted in a :class:`Graft`, and written later.
 """
 
 import copy
-import functools
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +33,7 @@ from ..core.journal import MISSING, Journal
 from ..core.lora import EvalFreeDropout
 from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import is_marked_off, is_off, mark, merge_what_is_on
+from ..core.prepared import is_marked_off, is_off, keep_off, mark
 from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
@@ -267,9 +266,8 @@ class _Comparison:
         for target in self.method.tensors_of(wrapper, self.name) or ():
             self.graft.parameters.append(target.parameter)
             self.graft.copies.append((target.parameter, target.parameter.new_zeros(()).expand(target.parameter.shape)))
-        merge = functools.partial(merge_what_is_on, wrapper, self.method)
         self.graft.steps.append(lambda journal: mark(wrapper, OFF_ATTRIBUTE, self.name, True, journal))
-        self.graft.steps.append(lambda journal: journal.set_item(wrapper.__dict__, "merge", merge))
+        self.graft.steps.append(lambda journal: keep_off(self.method, wrapper, journal))
         self.graft.steps.append(lambda journal: self.method.turn(wrapper, self.name, False, journal))
 
     def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, after=None) -> None:

@@ -102,7 +102,10 @@ def _fill_up(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict,
             slot.room.was_touched = True  # inference tensors have no version counter that would show this write
     for key, layer, name, tensor, off, _reason in marked:
         if off:
-            state_dict.setdefault(key, tensor.parameter.detach())
+            value = tensor.parameter.detach()
+            # a parameter without values may be replaced by this one, with `assign=True`
+            device = next((each.device for each in state_dict.values() if value.is_meta), value.device)
+            state_dict.setdefault(key, torch.zeros_like(value, device=device) if value.is_meta else value)
         elif key in state_dict and own_rank(layer, name, tensor) != tensor.capacity:
             state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
 
