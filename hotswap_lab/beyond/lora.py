@@ -83,27 +83,23 @@ MAGNITUDE = "lora_magnitude_vector"
 class Offable:
     """A mixin for a variant of DoRA, which computes the same as the base layer where the magnitude is zero.
 
-    DoRA replaces the norms of the base weights, whatever they are at the time of a call, so no magnitude means "no
-    adapter here" for good. Zero would remove the layer. So zero is free to mean that DoRA is off, as it is for A and B;
-    the decision is a value, which a compiled graph reads at each call.
+    DoRA gives its magnitude to the weights as their norms. The norms of the base weights would mean "no adapter here",
+    but only until those change. Zero would remove the layer, so no adapter has it, and it is free to mean "off", as for
+    A and B. The forward looks at the value, so that a compiled graph does, too.
     """
 
     def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **given: Any) -> Any:
-        # not by `torch.where` after a decision in Python, which a graph would take for a constant
         is_on = module.lora_magnitude_vector[active_adapter].weight.any().to(result.device)
         return torch.where(is_on, super().forward(module, active_adapter, x, result, **given), result)
 
     def __reduce__(self) -> tuple:
-        return _new_offable, (type(self).hotswap_original,)
+        return offable, (type(self).hotswap_original,)
 
 
 @functools.cache
-def _class_of_offable(original: type) -> type:
-    return type(original.__name__, (Offable, original), {"hotswap_original": original})
-
-
-def _new_offable(original: type) -> Offable:
-    return _class_of_offable(original)()
+def offable(original: type) -> Offable:
+    """A variant of DoRA that can be off; all layers share it, since a variant has no state."""
+    return type(original.__name__, (Offable, original), {"hotswap_original": original})()
 
 
 def zero_magnitudes(tensors: Mapping[str, torch.Tensor]) -> Iterator[Refusal]:
@@ -178,13 +174,9 @@ class FullLora(Beyond, Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
-    def is_offable(self, layer: TunerLayer, adapter_name: str) -> bool:
-        return type(layer.lora_variant.get(adapter_name)) not in DORA
-
     def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
-        if not self.is_offable(layer, adapter_name):
-            offable = _new_offable(type(layer.lora_variant[adapter_name]))
-            journal.set_item(layer.lora_variant, adapter_name, offable)
+        if (original := type(layer.lora_variant.get(adapter_name))) in DORA:
+            journal.set_item(layer.lora_variant, adapter_name, offable(original))
 
     def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
         own, base, name = {layer.path: layer for layer in slot.layers}, slot.host.base, slot.adapter_name

@@ -36,10 +36,6 @@ class Method:
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
         """Make the method's own changes to a layer when an adapter is turned off there, or on again."""
 
-    def is_offable(self, layer: TunerLayer, adapter_name: str) -> bool:
-        """Whether zeros turn an adapter off on a layer; if not, :meth:`turn` changes more than values."""
-        return True
-
     def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
         """Make the changes to a layer after which zeros turn an adapter off there."""
 

@@ -198,15 +198,12 @@ class Plan:
     @property
     def writes_values_only(self) -> bool:
         """Whether only values of tensors change, so that a compiled graph stays valid."""
-        changes, method, name = lora.changes_constants, self.slot.method, self.slot.adapter_name
+        changes, name = lora.changes_constants, self.slot.adapter_name
         if not {layer.action for layer in self.layers}.isdisjoint((Action.RESIZE, Action.ADD)):
             return False
         # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
-            changes(each.layer.module, name, each.settings)
-            if each.settings is not None
-            else not method.is_offable(each.layer.module, name)
-            for each in self.layers
+            changes(each.layer.module, name, each.settings) for each in self.layers
         )
 
     @property

@@ -119,7 +119,7 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     ``of_lora`` has all tensors of the layer if its method is LoRA.
     """
     if is_marked_off(layer, adapter_name):
-        return _trained_while_off(layer, adapter_name, tensor, of_lora)
+        return _trained_while_off(adapter_name, tensor, of_lora)
     rank, parameter = own_rank(layer, adapter_name, tensor), tensor.parameter
     if rank == tensor.capacity or tensor.is_shard or parameter.is_meta or not tensor.padding(parameter, rank).any():
         return None
@@ -128,11 +128,11 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     return f"The adapter {adapter_name!r} {found}. {cause}"
 
 
-def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
+def _trained_while_off(adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
     """A warning if the magnitude or bias of a layer that is off was trained: PEFT's ``set_adapter`` unfreezes them."""
-    if tensor.rank_axis is not None or not of_lora or tensor.is_shard:
+    if tensor.rank_axis is not None or not of_lora or tensor.is_shard or tensor.is_zero:
         return None
-    if tensor.is_zero or not all(each.is_zero for each in of_lora if each.rank_axis is not None):
+    if not all(each.is_zero for each in of_lora if each.rank_axis is not None):
         return None
     found = f"is off on a layer, but its {tensor.key} there was written to, {DIFFERS}"
     cause = "PEFT's set_adapter lets it be trained: call that before a swap, not after."
