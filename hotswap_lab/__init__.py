@@ -26,10 +26,10 @@ notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which
 refused swap raises ``HotswapError``, which says what was found, what was expected, and what to do next.
 """
 
-# no __all__: with one, help(hotswap_lab) would print the help of every name in it
 __version__ = "0.1.0"
 
 import importlib as _importlib
+import sys as _sys
 import typing as _typing
 
 # What is public, by its module. A name is imported when it is first used: torch, transformers and PEFT take two seconds
@@ -58,6 +58,9 @@ def __getattr__(name: str) -> object:
         value = getattr(_importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
+    # for `from hotswap_lab import *`, but not for help(hotswap_lab), which would print the help of every name in it
+    if name == "__all__" and _sys._getframe(1).f_globals.get("__name__") != "pydoc":
+        return sorted({*_MODULE_OF, "demo"})
     if name == "demo":
         return _importlib.import_module(f"{__name__}.demo")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,7 +78,8 @@ def plan(base: str, a: str, b: str) -> Told:
     from peft import PeftModel
 
     from .beyond.base_values import base_weights_in
-    from .beyond.configs import extra_state
+    from .beyond.configs import FORMS, extra_state
+    from .beyond.decide import FreshPlan
     from .files.reading import read
     from .swap import plan_hotswap
 
@@ -89,11 +90,10 @@ def plan(base: str, a: str, b: str) -> Told:
     for config, adapter in zip(configs, adapters, strict=True):
         needs = [config.peft_type.value]
         if config.peft_type == "LORA":
-            needs = [*extra_state(config), *(["use_dora"] if config.use_dora else [])]
-            needs = needs or [*base_weights_in(model, adapter)]  # a file may have others than the base model
+            # a file may have other base weights than the base model
+            needs = [*extra_state(config)] or [*base_weights_in(model, adapter)]
         if needs:
-            found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
-            return Told(wrapped(found), ok=None, needs=needs)
+            return _undecided(needs)
 
     def load(model: Any, adapter: str) -> Any:
         with torch.device("meta"):  # PEFT compares the shapes, and allocates nothing for any rank
@@ -107,10 +107,17 @@ def plan(base: str, a: str, b: str) -> Told:
 
     # no base weights are lost, since A's file has none
     found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
+    if isinstance(found, FreshPlan):  # layers would get other tensors, which PEFT makes from the base's weights
+        return _undecided([each for each in FORMS if len({getattr(config, each) for config in configs}) > 1])
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
     reasons = [vars(each) for each in found.refusals]
     text = wrapped(MORE.sub("printed with --json", str(found)))
     return Told(text, ok=found.ok, layers=found.counts, nbytes=found.nbytes, notes=found.notes, refusals=reasons)
+
+
+def _undecided(needs: list[str]) -> Told:
+    found = f"not decided without the base's weights: {listing(needs)}; `hotswap-lab verify` loads them"
+    return Told(wrapped(found), ok=None, needs=needs)
 
 
 def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
@@ -125,7 +132,8 @@ def verify(base: str, a: str, b: str, add_layers: bool) -> Told:
     except InputsError as error:
         found = f"not decided without inputs of your own: {error.refusals[0].found}"
         return Told(wrapped(f"{found}; in Python, verify_hotswap takes inputs"), ok=None, needs=["inputs"])
-    return Told(wrapped(verdict), ok=bool(verdict), **vars(verdict))
+    differs = verdict.mismatches or not verdict.difference <= verdict.tolerance
+    return Told(wrapped(verdict), ok=bool(verdict) if differs or verdict.conclusive else None, **vars(verdict))
 
 
 def mix(base: str, adapters: list[tuple[str, float]], out: str) -> Told:

@@ -319,7 +319,8 @@ class Scene:
         target = torch.zeros(nbytes, dtype=torch.uint8, device=self.settings.device)
         # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
         pinned = self.settings.device.startswith("cuda")
-        sources = [torch.full((nbytes,), n + 1, dtype=torch.uint8, pin_memory=pinned) for n in range(len(self.folders))]
+        how: dict[str, Any] = dict(dtype=torch.uint8, pin_memory=pinned, device="cpu")
+        sources = [torch.full((nbytes,), number + 1, **how) for number in range(len(self.folders))]
         copy_in = functools.partial(target.copy_, non_blocking=True)
         return Way(lambda number: copy_in(sources[number]), lambda number: torch.equal(target.cpu(), sources[number]))
 

@@ -156,7 +156,7 @@ class Reader(torch.nn.Module):
                 self.register_buffer(f"{which}_{number}", memory, persistent=False)
         self.register_buffer("places", torch.arange(longest + 1, device=device), persistent=False)
         #: how many tokens of each row have been read
-        self.lengths: Tensor = torch.zeros(rows, dtype=torch.long)
+        self.lengths: Tensor = torch.zeros(rows, dtype=torch.long, device="cpu")
         #: the compiled step; None if it is not compiled
         self.compiled: Callable[..., Tensor] | None = None
         #: the steps that were compiled ahead of time, by their number of tokens
@@ -200,14 +200,14 @@ class Reader(torch.nn.Module):
 
         Raises ValueError if a row would have more than ``longest`` tokens: nothing is read then.
         """
-        most, counts = max(1, *map(len, parts)), torch.tensor([len(part) for part in parts])
+        most, counts = max(1, *map(len, parts)), torch.tensor([len(part) for part in parts], device="cpu")
         if (over := int((self.lengths + counts).max())) > self.longest:
             raise ValueError(f"a row would have {over} tokens: expected {self.longest} at most, this reader's longest")
         # code that was compiled ahead has two shapes
         width = self.chunk if self.ahead and most > 1 else most
         # the last tokens of all parts are in the last column
-        ids = torch.tensor([[0] * (width - len(part)) + part for part in parts])
-        places = torch.arange(width) - (width - counts)[:, None]
+        ids = torch.tensor([[0] * (width - len(part)) + part for part in parts], device="cpu")
+        places = torch.arange(width, device="cpu") - (width - counts)[:, None]
         positions = torch.where(places < 0, self.longest, self.lengths[:, None] + places)
         inputs = [each.to(self.places.device) for each in (ids, positions)]
         step = self.ahead.get(width, self.compiled or self.step)
@@ -256,12 +256,12 @@ class Reader(torch.nn.Module):
             changes = isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic")
             if changes and self.longest > rope.get("original_max_position_embeddings", config.max_position_embeddings):
                 return False  # from there on, the longest row changes the angles of all rows
-        texts = torch.arange(4 * self.rows).view(self.rows, 4) % config.vocab_size
-        ends = torch.arange(self.rows) % 2 + 2
+        texts = torch.arange(4 * self.rows, device="cpu").view(self.rows, 4) % config.vocab_size
+        ends = (numbers := torch.arange(self.rows, device="cpu")) % 2 + 2
         self.lengths.zero_()
         self.read([text[:2].tolist() for text in texts])
         logits = self.read([text[2 : end + 1].tolist() for text, end in zip(texts, ends, strict=True)])
         self.lengths.zero_()
-        expected = self._lm(input_ids=texts.to(logits.device), use_cache=False).logits[torch.arange(self.rows), ends]
+        expected = self._lm(input_ids=texts.to(logits.device), use_cache=False).logits[numbers, ends]
         # rounding differs; another text would change much more
         return bool((logits - expected).abs().max() < 0.02 * expected.abs().max())

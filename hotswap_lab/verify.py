@@ -30,7 +30,7 @@ from peft.utils import get_peft_model_state_dict
 from . import compat
 from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
-from .beyond.guards import compilers_kept, random_numbers_kept
+from .beyond.guards import compilers_kept, device_with_values, random_numbers_kept
 from .core.adapter import Adapter
 from .core.errors import HotswapError, refusal, refused
 from .core.host import Host, canonical_path, find_host, key_in_file, name_in
@@ -218,7 +218,7 @@ def verify_hotswap(
         base_outputs = _call(fresh, inputs)
         how = dict(is_trainable=not host.configs[name].inference_mode)
         how["autocast_adapter_dtype"] = not any(each.parameter.dtype in HALF for each in slot.tensors)
-        with compilers_kept(), random_numbers_kept():
+        with compilers_kept(), random_numbers_kept(), device_with_values():
             fresh = PeftModel.from_pretrained(fresh, folder, name, **how).eval()
         fresh_outputs = _call(fresh, inputs)
         noise = _difference(fresh_outputs, _call(fresh, inputs))
@@ -292,10 +292,12 @@ def _example_inputs(base: Any) -> Any:
     name, config = getattr(base, "main_input_name", None), getattr(base, "config", None)
     with contextlib.suppress(AttributeError, KeyError, TypeError):
         shape = SHAPES[name](config)
-        numbers = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(base.device, base.dtype)
+        numbers = torch.linspace(-1, 1, math.prod(shape), device=base.device).reshape(shape).to(base.dtype)
         start = getattr(config, "decoder_start_token_id", None)
-        return {name: numbers} | ({} if start is None else {"decoder_input_ids": torch.full((2, 1), start)})
-    return getattr(base, "dummy_inputs", ())
+        decoder = {} if start is None else {"decoder_input_ids": torch.full((2, 1), start, device=base.device)}
+        return {name: numbers} | decoder
+    with torch.device(getattr(base, "device", "cpu")):  # transformers names none
+        return getattr(base, "dummy_inputs", ())
 
 
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
@@ -355,7 +357,7 @@ def _layer(path: str, differences: Mapping[str, tuple]) -> Layer:
 
 def _share(live: torch.Tensor | None, loaded: torch.Tensor | None) -> float:
     """The size of the difference of two tensors, as a share of the larger one's own size, 1 at most; None is zero."""
-    live, loaded = (torch.zeros(()) if each is None else each.cpu().double() for each in (live, loaded))
+    live, loaded = (torch.zeros((), device="cpu") if each is None else each.cpu().double() for each in (live, loaded))
     if live.ndim == loaded.ndim and live.shape != loaded.shape:
         return 1.0
     return min(float((live - loaded).norm() / max(live.norm(), loaded.norm(), 1e-30)), 1.0)

@@ -261,7 +261,7 @@ def _why_not_inductor() -> str | None:
 
 def _try_inductor() -> str | None:
     try:
-        torch.compile(lambda x: x + 1, backend="inductor", dynamic=False)(torch.zeros(8))
+        torch.compile(lambda x: x + 1, backend="inductor", dynamic=False)(torch.zeros(8, device="cpu"))
     except Exception as error:
         cause = error.__cause__ or error
         return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import pydoc
 import re
 import runpy
 import shutil
@@ -109,9 +110,17 @@ def test_names_are_imported_when_they_are_used():
     assert imported.pop("demo") is None
     assert imported == hotswap_lab._MODULE_OF
     assert sorted(imported) == sorted(PUBLIC)
-    assert not hasattr(hotswap_lab, "__all__")  # help() would show them all
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hotswap_lab.nothing
+
+
+def test_a_star_gives_the_public_names_and_help_prints_the_tour_alone():
+    """``help`` prints the help of each name in ``__all__``."""
+    exec("from hotswap_lab import *", given := {})
+    assert given.keys() - {"__builtins__"} == {*PUBLIC, "demo"}
+    text = pydoc.render_doc(hotswap_lab)
+    assert "Look before you swap" in text
+    assert len(text.splitlines()) < 100
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -263,4 +263,5 @@ def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place])
 def _lifted(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
     """Tensors that a forward makes of nothing, or finds elsewhere than in the model's tables."""
     keys = program.graph_signature.inputs_to_lifted_tensor_constants.values()
-    return {key: torch.as_tensor(program.constants[key]).detach().clone().contiguous() for key in keys}
+    constants: dict[str, Any] = program.constants
+    return {key: constants[key].detach().clone().contiguous() for key in keys}

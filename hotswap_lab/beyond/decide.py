@@ -3,7 +3,6 @@
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..core.adapter import LOST_ORIGINALS
 from ..core.change import Change, clear_gradients
@@ -32,6 +30,8 @@ from .configs import extra_state, form_for
 from .difference import Graft, difference
 from .fresh_adapter import FreshAdapter, load_fresh_adapter
 from .general import General
+from .guards import device_with_values
+from .lora import MAGNITUDE, zero_magnitudes
 from .shards import check_parallel_training, holds_shards
 from .targets import TARGETS, Targets, find_targets, keep_targets
 
@@ -73,7 +73,8 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
     """The layers that have other tensors than an adapter with this config."""
     dora, bias = form_for(config)
-    return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or slot.reads_base != dora]
+    has_magnitude = any(each.key == MAGNITUDE for each in slot.tensors)
+    return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or has_magnitude != dora]
 
 
 def take_base_weights(plan: Plan) -> None:
@@ -224,10 +225,8 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         # most methods compute something from the base weights at first: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
-    # PEFT makes tensors without naming a device
-    is_meta = torch.get_default_device().type == "meta"
     try:
-        with slot.write_mode(), torch.device("cpu") if is_meta else contextlib.nullcontext():
+        with slot.write_mode(), device_with_values():
             fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error
@@ -286,15 +285,10 @@ def _check_complete(plan: Plan, fresh: FreshAdapter) -> None:
 # ---- checks
 
 
-@only_for(lambda slot, _: slot.reads_base)
-def check_base(plan: Plan) -> None:
-    """Refuse to turn DoRA off where another adapter is merged: the magnitude becomes the norm of the base weights."""
-    off = {id(each.layer.module.get_base_layer()) for each in plan.layers if each.settings is None}
-    # layers of other methods may wrap these
-    tuners = [module for module in plan.slot.host.base.modules() if isinstance(module, BaseTunerLayer)]
-    around = [module for module in tuners if id(module.get_base_layer()) in off]
-    if others := sorted({name for module in around for name in module.merged_adapters}):
-        plan.refuse("merged_beside", adapter_name=plan.slot.adapter_name, others=listing(map(repr, others)))
+@only_for(lambda slot, _: not slot.is_plain)
+def check_magnitudes(plan: Plan) -> None:
+    """Refuse an adapter with a magnitude that is zero, which means that DoRA is off on a layer."""
+    plan.refusals += zero_magnitudes(plan.adapter.tensors)
 
 
 def check_arrow(plan: Plan) -> None:

@@ -28,13 +28,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from ..core import wrappers
 from ..core.change import Step
 from ..core.compiled import unwrap_compiled
-from ..core.errors import listing
 from ..core.host import Host
 from ..core.journal import MISSING, Journal
 from ..core.lora import EvalFreeDropout
 from ..core.memory import disagreeing, overlapping
 from ..core.plan import Action, LayerPlan, Plan
-from ..core.prepared import is_marked_off, is_off, mark
+from ..core.prepared import is_marked_off, is_off, keep_off, mark
 from ..core.settings import SCALAR_TABLES
 from ..core.slot import SlotLayer
 from ..core.tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, are_interchangeable, is_prepared
@@ -265,12 +264,10 @@ class _Comparison:
 
     def _turn_off(self, wrapper: BaseTunerLayer) -> None:
         for target in self.method.tensors_of(wrapper, self.name) or ():
-            if target.reads_base and (merged := set(wrapper.merged_adapters) - {self.name}):
-                self.plan.refuse("merged_beside", adapter_name=self.name, others=listing(map(repr, sorted(merged))))
-                return
             self.graft.parameters.append(target.parameter)
-            self.graft.copies.append((target.parameter, target.off_value()))
+            self.graft.copies.append((target.parameter, target.parameter.new_zeros(()).expand(target.parameter.shape)))
         self.graft.steps.append(lambda journal: mark(wrapper, OFF_ATTRIBUTE, self.name, True, journal))
+        self.graft.steps.append(lambda journal: keep_off(self.method, wrapper, journal))
         self.graft.steps.append(lambda journal: self.method.turn(wrapper, self.name, False, journal))
 
     def _report(self, path: str, module: torch.nn.Module, action: Action, before: int | None, after=None) -> None:

@@ -58,6 +58,12 @@ def compilers_kept() -> Iterator[None]:
         os.environ.update(before)
 
 
+def device_with_values() -> contextlib.AbstractContextManager[Any]:
+    """Replace a default device without values in a block: PEFT makes tensors without naming a device."""
+    is_meta = torch.get_default_device().type == "meta"
+    return torch.device("cpu") if is_meta else contextlib.nullcontext()
+
+
 def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
     """Restore the state of the random number generators, which PEFT advances with initial weights that aren't kept.
 

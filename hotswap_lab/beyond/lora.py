@@ -1,5 +1,6 @@
 """Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 
 from ..core.adapter import LOST_ORIGINALS
 from ..core.errors import Refusal, listing, refusal
@@ -15,6 +15,7 @@ from ..core.host import Config, TunerLayer, modules_in
 from ..core.journal import Journal
 from ..core.lora_method import Lora
 from ..core.method import Method
+from ..core.prepared import is_marked_off
 from ..core.slot import Slot
 from ..core.state_dict_hooks import look_after
 from ..core.tensors import SlotTensor
@@ -64,8 +65,8 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
     if step > 1:
         tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
-        name, owner = "lora_magnitude_vector", layer.lora_magnitude_vector[adapter_name]
-        tensors = [*tensors, MagnitudeTensor(name, f"{name}.{adapter_name}.weight", owner, "weight", layer=layer)]
+        owner = layer.lora_magnitude_vector[adapter_name]
+        tensors = [*tensors, SlotTensor(MAGNITUDE, f"{MAGNITUDE}.{adapter_name}.weight", owner, "weight")]
     return tensors
 
 
@@ -75,19 +76,36 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
 DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
 
-@dataclass(eq=False)
-class MagnitudeTensor(SlotTensor):
-    """DoRA's magnitude: one number for each output (arXiv 2402.09353)."""
+#: DoRA's magnitude: one number for each output (arXiv 2402.09353)
+MAGNITUDE = "lora_magnitude_vector"
 
-    layer: TunerLayer = None
 
-    reads_base: ClassVar[bool] = True
+class Offable:
+    """A mixin for a variant of DoRA, which computes the same as the base layer where the magnitude is zero.
 
-    def off_value(self) -> torch.Tensor:
-        """The norm of the base weights. With it, and B = 0, DoRA computes the same as the base layer."""
-        weight, owner = dequantize_module_weight(self.layer.get_base_layer()), self.owner
-        with torch.no_grad():
-            return owner.get_weight_norm(weight, 0.0, 1.0).to(owner.weight.dtype).reshape(owner.weight.shape)
+    DoRA gives its magnitude to the weights as their norms. The norms of the base weights would mean "no adapter here",
+    but only until those change. Zero would remove the layer, so no adapter has it, and it is free to mean "off", as for
+    A and B. The forward looks at the value, so that a compiled graph does, too.
+    """
+
+    def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **given: Any) -> Any:
+        is_on = module.lora_magnitude_vector[active_adapter].weight.any().to(result.device)
+        return torch.where(is_on, super().forward(module, active_adapter, x, result, **given), result)
+
+    def __reduce__(self) -> tuple:
+        return offable, (type(self).hotswap_original,)
+
+
+@functools.cache
+def offable(original: type) -> Offable:
+    """A variant of DoRA that can be off; all layers share it, since a variant has no state."""
+    return type(original.__name__, (Offable, original), {"hotswap_original": original})()
+
+
+def zero_magnitudes(tensors: Mapping[str, torch.Tensor]) -> Iterator[Refusal]:
+    """Refuse magnitudes that would turn DoRA off."""
+    if zero := [key for key, each in tensors.items() if MAGNITUDE in key and not each.any()]:
+        yield refusal("magnitude_zero", count=len(zero), keys=listing(zero, 2))
 
 
 def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
@@ -141,6 +159,8 @@ class FullLora(Beyond, Lora):
         A and B need no change: while both are zero, their gradients are zero. Those of a magnitude or bias are not.
         """
         tables = layer._modules
+        if not on:
+            self.make_offable(layer, adapter_name, journal)
         if adapter_name not in tables["lora_A"] and adapter_name not in tables["lora_embedding_A"]:
             return
         # BD-LoRA's lora_B has no attribute ``bias``
@@ -154,12 +174,14 @@ class FullLora(Beyond, Lora):
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
+    def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
+        if (original := type(layer.lora_variant.get(adapter_name))) in DORA:
+            journal.set_item(layer.lora_variant, adapter_name, offable(original))
+
     def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
-        own, base = {layer.path: layer for layer in slot.layers}, slot.host.base
-        # turning DoRA off reads the norm of the base weights, so no other adapter may be merged into them
-        lacking = [base.get_submodule(path) for path in ranks if path not in own] if slot.config.use_dora else []
-        if others := {name for module in lacking for name in getattr(module, "merged_adapters", ())}:
-            yield refusal("merged_beside", adapter_name=slot.adapter_name, others=listing(map(repr, sorted(others))))
+        own, base, name = {layer.path: layer for layer in slot.layers}, slot.host.base, slot.adapter_name
+        on = [layer for layer in slot.layers if not is_marked_off(layer.module, name)]
+        yield from zero_magnitudes({f"{each.path}.{one.key}": one.parameter for each in on for one in each.tensors})
         for path, rank in ranks.items():
             if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
                 yield from pointless

@@ -150,8 +150,8 @@ def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
 def check_shards(plan: Plan) -> None:
     """Refuse changes that processes sharing the parameters can't make independently.
 
-    These are new shapes where FSDP has recorded the old ones, magnitudes and biases that are frozen with their layer,
-    and magnitudes that are turned off, since their values are computed from whole base weights.
+    These are new shapes where FSDP has recorded the old ones, and magnitudes and biases that are frozen with their
+    layer.
     """
     resized = [each for each in plan.layers if each.action is Action.RESIZE]
     if changed := resized + [each for each in plan.layers if each.action is Action.ADD]:
@@ -159,9 +159,6 @@ def check_shards(plan: Plan) -> None:
     turned = [each for each in plan.layers if (each.settings is None) != (each.rank_before is None)]
     if more := [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]:
         check_parallel_training(plan, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
-    off = [each.layer for each in plan.layers if each.settings is None]
-    if read := [layer for layer in off for each in layer.tensors if each.reads_base and each.is_shard]:
-        plan.refuse("sharded_dora_off", count=len(read), path=read[0].path)
     # FSDP has recorded the shapes
     if fixed := [each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors)]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path

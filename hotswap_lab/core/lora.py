@@ -89,8 +89,11 @@ def retarget(config: Config, paths: Collection[str], base: torch.nn.Module) -> N
         config.target_modules = "|".join(map(re.escape, sorted(paths)))
 
 
-def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings) -> bool:
-    """Whether these settings change a value that is a constant in a graph compiled in eval mode."""
+def changes_constants(layer: TunerLayer, adapter_name: str, settings: LayerSettings | None) -> bool:
+    """Whether these settings change a value that is a constant in a graph compiled in eval mode; None turns it off."""
+    if settings is None:  # zeros turn plain LoRA off, and variants of ours
+        variant = layer.lora_variant.get(adapter_name)
+        return variant is not None and not hasattr(variant, "hotswap_original")
     dropout = layer.lora_dropout[adapter_name]
     fixed_scaling = not is_prepared(layer, adapter_name) and layer.scaling[adapter_name] != settings.scaling
     fixed_dropout = not isinstance(dropout, EvalFreeDropout) and getattr(dropout, "p", 0.0) != settings.dropout

@@ -36,6 +36,9 @@ class Method:
     def turn(self, layer: TunerLayer, adapter_name: str, on: bool, journal: Journal) -> None:
         """Make the method's own changes to a layer when an adapter is turned off there, or on again."""
 
+    def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
+        """Make the changes to a layer after which zeros turn an adapter off there."""
+
     def follow(self, slot: Any, config: Config, journal: Journal) -> None:
         """Make the method's own changes to a model before its adapter's config is replaced with another one."""
 

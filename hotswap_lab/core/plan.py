@@ -203,7 +203,7 @@ class Plan:
             return False
         # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
-            changes(each.layer.module, name, each.settings) for each in self.layers if each.settings is not None
+            changes(each.layer.module, name, each.settings) for each in self.layers
         )
 
     @property

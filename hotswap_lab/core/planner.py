@@ -234,7 +234,7 @@ def keep_targets_apart(plan: Plan) -> None:
             value = tensor.parameter.detach()  # another adapter's, which two that were loaded from one dict share
             if each := planned.get(tensor):
                 source = each.sources[each.layer.tensors.index(tensor)]
-                value = tensor.off_value() if source is None else source
+                value = torch.zeros_like(value) if source is None else source
                 if each.action is Action.PAD:
                     value = tensor.padded(value, tensor.capacity)
             differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)

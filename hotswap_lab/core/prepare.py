@@ -208,6 +208,7 @@ def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer
     for index, layer in enumerate(layers):
         if layer in reserved:
             layers[index] = layer = dataclasses.replace(layer, module=attach(slot, layer, journal))
+        slot.method.make_offable(layer.module, name, journal)
         make_prepared(layer.module, name, room.scaling(index, layer.tensors[0].parameter.device), journal)
     write_settings(slot, layers, room.state.settings, journal)
     moved = dataclasses.replace(slot, layers=tuple(layers))

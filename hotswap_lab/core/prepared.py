@@ -23,6 +23,7 @@ from .errors import refused
 from .host import TunerLayer
 from .journal import Journal
 from .lora import EvalFreeDropout
+from .method import Method
 from .slot import Slot
 from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, ROOM_ATTRIBUTE, SCALING, SlotTensor, is_shared, shared_as
 
@@ -135,10 +136,12 @@ class _Prepared(_ALayer):
         finally:
             self._buffers.update(scalings)
         for (key, buffer), like in zip(scalings.items(), moved, strict=True):
-            if like.device == buffer.device:
+            # a scaling is not saved, and has to outlast a move to the meta device, as the Python float does
+            device = torch.device("cpu") if like.is_meta else like.device
+            if device == buffer.device:
                 shared_as([like], buffer)
             else:
-                self._buffers[key] = new_scalings((1, 1), like.device).copy_(buffer)
+                self._buffers[key] = new_scalings((1, 1), device).copy_(buffer)
         return self
 
     def _check_sharing(self) -> None:
@@ -227,6 +230,44 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
         journal.set_item(layer.__dict__, attribute, after)
 
 
+def keep_off(method: Method, layer: TunerLayer, journal: Journal) -> None:
+    """Let a layer keep out of merges what is off there, and keep it off when its memory is replaced.
+
+    Both are attributes of its own: another class would recompile a layer that is not prepared.
+    """
+    if "merge" not in layer.__dict__:
+        journal.set_item(layer.__dict__, "merge", functools.partial(merge_what_is_on, layer, method))
+        journal.set_item(layer.__dict__, "_apply", functools.partial(move_and_keep_off, layer, method))
+
+
+def move_and_keep_off(layer: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
+    """``_apply`` of a layer, with zeros again where ``model.to_empty(...)`` leaves any values."""
+    off = [name for name in layer.__dict__[OFF_ATTRIBUTE] if is_off(layer, name, method.tensors_of(layer, name) or ())]
+    type(layer)._apply(layer, *args, **kwargs)
+    for tensor in (each for name in off for each in method.tensors_of(layer, name) or ()):
+        if not tensor.is_zero:
+            with torch.inference_mode(tensor.parameter.is_inference()), torch.no_grad():
+                tensor.memory.zero_()
+    return layer
+
+
+def merge_what_is_on(
+    layer: Any, method: Method, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> None:
+    """PEFT's ``merge`` of a layer, without adapters that are off there, since a fresh load's layer doesn't have them.
+
+    PEFT notes what is merged into a layer, and skips all other adapters there as long as something is.
+    """
+    if not isinstance(adapter_names, str):  # which PEFT refuses
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        off = {name for name in names if is_off(layer, name, method.tensors_of(layer, name) or ())}
+        off -= layer.__dict__.get(ROOM_ATTRIBUTE, frozenset())  # the layer computes with rows, which can't be merged
+        adapter_names = [name for name in names if name not in off]
+        if off and not adapter_names:
+            return
+    type(layer).merge(layer, safe_merge, adapter_names)
+
+
 def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool:
     """Whether the adapter, with these tensors, is turned off on this layer.
 
@@ -234,7 +275,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
     or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
     the others takes a call in every process, but a state dict may be requested in one of them only.
     """
-    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors if not each.reads_base)
+    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors)
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:

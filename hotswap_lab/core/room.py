@@ -272,8 +272,6 @@ class Room:
         for tensor, target, source in zip(layer.tensors, self._own_views[layer, rank], sources, strict=True):
             if source is not None:
                 change.copy(target, tensor.split(source))
-            elif tensor.reads_base:
-                change.copy(target, tensor.off_value())
 
     def change_strength(self, strength: float) -> Change:
         """The change that sets the scalings of all layers to their trained values times ``strength``."""
@@ -345,12 +343,9 @@ def build_room(
             shared_as([tensor.parameter for tensor in ranks], memory)
     room = kind(slot, bands, scalings, State(tuple(settings), slot.config))
     for index, layer in enumerate(capacity):
-        for tensor in layer.tensors:
-            if layer not in reserved:
-                own = own_rank(layer.module, name, tensor)
-                tensor.own(room.view(tensor), own).copy_(tensor.own(tensor.parameter.detach(), own))
-            else:
-                room.view(tensor).copy_(tensor.off_value())
+        for tensor in layer.tensors if layer not in reserved else ():
+            own = own_rank(layer.module, name, tensor)
+            tensor.own(room.view(tensor), own).copy_(tensor.own(tensor.parameter.detach(), own))
         # the live value, which the user may have set, and not the trained one
         room.scaling(index, layer.tensors[0].parameter.device).fill_(float(layer.module.scaling[name]))
     for tensor in extra:

@@ -95,9 +95,9 @@ class Slot:
         return [tensor.owner._parameters[tensor.name] for tensor in self.tensors]
 
     @cached_property
-    def reads_base(self) -> bool:
-        """Whether turning a layer off reads its base weights."""
-        return True in [tensor.reads_base for tensor in self.tensors]
+    def is_plain(self) -> bool:
+        """Whether all of its layers are plain."""
+        return all(layer.is_plain for layer in self.layers)
 
     @cached_property
     def is_inference(self) -> bool:
@@ -296,7 +296,7 @@ def follow(change: Change, slot: Slot, config: Config, is_kept: bool) -> None:
     if live is not vars(config):  # later adapters are compared with the first one's base model, not with this one's
         vars(config)[BASE] = live.get(BASE, live["base_model_name_or_path"])
     # the method has seen this model before, and what it noted then still holds
-    if is_kept and LOST_ORIGINALS in live and not slot.reads_base:
+    if is_kept and LOST_ORIGINALS in live and slot.is_plain:
         vars(config)[LOST_ORIGINALS] = live[LOST_ORIGINALS]
     else:
         change.steps.append(partial(slot.method.follow, slot, config))

@@ -104,7 +104,10 @@ def _fill_up(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict,
             slot.room.state = replace(slot.room.state, owner=None)
     for key, layer, name, tensor, off, _reason in marked:
         if off:
-            state_dict.setdefault(key, tensor.parameter.detach())
+            value = tensor.parameter.detach()
+            # a parameter without values may be replaced by this one, with `assign=True`
+            device = next((each.device for each in state_dict.values() if value.is_meta), value.device)
+            state_dict.setdefault(key, torch.zeros_like(value, device=device) if value.is_meta else value)
         elif key in state_dict and own_rank(layer, name, tensor) != tensor.capacity:
             state_dict[key] = tensor.padded(state_dict[key].detach(), tensor.capacity)
 
@@ -118,7 +121,7 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     ``of_lora`` has all tensors of the layer if its method is LoRA.
     """
     if is_marked_off(layer, adapter_name):
-        return _trained_while_off(layer, adapter_name, tensor, of_lora)
+        return _trained_while_off(adapter_name, tensor, of_lora)
     rank, parameter = own_rank(layer, adapter_name, tensor), tensor.parameter
     if rank == tensor.capacity or tensor.is_shard or parameter.is_meta or not tensor.padding(parameter, rank).any():
         return None
@@ -127,25 +130,12 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     return f"The adapter {adapter_name!r} {found}. {cause}"
 
 
-def _trained_while_off(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
+def _trained_while_off(adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
     """A warning if the magnitude or bias of a layer that is off was trained: PEFT's ``set_adapter`` unfreezes them."""
-    # while an adapter is merged, the base weight is not the one that the magnitude was computed from
-    if tensor.rank_axis is not None or not of_lora or tensor.is_shard or layer.merged_adapters:
+    if tensor.rank_axis is not None or not of_lora or tensor.is_shard or tensor.is_zero:
         return None
-    if not all(each.is_zero for each in of_lora if each.rank_axis is not None) or _means_off(layer, tensor):
+    if not all(each.is_zero for each in of_lora if each.rank_axis is not None):
         return None
     found = f"is off on a layer, but its {tensor.key} there was written to, {DIFFERS}"
     cause = "PEFT's set_adapter lets it be trained: call that before a swap, not after."
     return f"The adapter {adapter_name!r} {found}. {cause}"
-
-
-def _means_off(layer: Any, tensor: SlotTensor) -> bool:
-    """Whether a magnitude or bias has no effect, up to the rounding of another device or precision."""
-    if not tensor.reads_base:
-        return tensor.is_zero
-    value, expected, weight = tensor.parameter.detach(), tensor.off_value(), layer.get_base_layer().weight
-    if expected.is_meta or value.is_meta:
-        return True  # without data, this can't be checked
-    computed_in = weight.dtype if weight.is_floating_point() else torch.bfloat16
-    eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
-    return torch.allclose(value, expected, rtol=max(4 * eps, 1e-5), atol=0.0)

@@ -14,6 +14,7 @@ import torch
 from .change import Change
 from .journal import Journal
 from .lora import write_dropout
+from .prepared import keep_off
 from .settings import SCALAR_TABLES, OfLayers
 from .slot import Slot, SlotLayer
 from .tensors import OFF_ATTRIBUTE
@@ -56,6 +57,8 @@ def write_settings(
             marked: frozenset[str] = module.__dict__.get(OFF_ATTRIBUTE, frozenset())
             if (each is None) != (name in marked):
                 journal.set_item(module.__dict__, OFF_ATTRIBUTE, marked ^ {name})
+                if "merge" not in module.__dict__:
+                    keep_off(slot.method, module, journal)
             if (each is None or name in marked) and not layer.is_plain:
                 slot.method.turn(module, name, each is not None, journal)
             if each is not None:

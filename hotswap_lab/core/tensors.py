@@ -48,8 +48,6 @@ class SlotTensor:
     is_shard: ClassVar[bool] = False
     #: the number that a rank must be divisible by; if it is not 1, rank components are not stacked along one axis
     rank_step: ClassVar[int] = 1
-    #: whether "no adapter here" is not zeros, but a value computed from the base weights
-    reads_base: ClassVar[bool] = False
 
     @property
     def memory(self) -> torch.Tensor:
@@ -58,19 +56,22 @@ class SlotTensor:
 
     @property
     def is_zero(self) -> bool:
-        """Whether :attr:`memory` is zero, or what accelerate keeps of it elsewhere; not if neither can be seen."""
+        """Whether :attr:`memory` is zero, or what accelerate keeps of it elsewhere; not if neither can be seen.
+
+        On the meta device without accelerate, there are no values anywhere that could be lost.
+        """
         memory: torch.Tensor = self.memory
         if memory.is_meta:
             hook = getattr(self.owner, "_hf_hook", None)  # one, or several in a row
             kept = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
-            memory = kept[0][self.name] if kept else torch.ones(())
+            memory = kept[0][self.name] if kept else torch.full((), bool(hook), device="cpu")
         return not memory.any()
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:
         """Have ``change`` write ``source``, as in an adapter's file, to the parameter; None means "no adapter"."""
         parameter = self.owner._parameters[self.name]
         if source is None:
-            change.copy(parameter, self.off_value())
+            change.zero(parameter)
         elif source.shape == parameter.shape:
             if source.dtype == parameter.dtype and source.device == parameter.device:
                 change.copies.append((parameter, source))
@@ -90,11 +91,6 @@ class SlotTensor:
         change.tables.append(self.owner._parameters)
         if self.size_attribute:
             change.sizes.append((self.owner, self.size_attribute, self.rank_of(fresh.shape)))
-
-    def off_value(self) -> torch.Tensor:
-        """The value of the parameter where the adapter is turned off."""
-        # a single zero, repeated without taking memory
-        return self.parameter.detach().new_zeros(()).expand(self.parameter.shape)
 
     @property
     def parameter(self) -> torch.nn.Parameter:

@@ -147,10 +147,14 @@ def scaling_of(wrapper: torch.nn.Module, adapter_name: str) -> float | None:
 
 def are_alike(live: torch.nn.Module, fresh: torch.nn.Module) -> bool:
     """Whether two wrappers are of one kind, around the same parameter if around a single one, and both tied or not."""
-    live_class = getattr(type(live), "hotswap_original", type(live))
     # several ParamWrappers may be around one module, each for another parameter
     is_around_same = live.__dict__.get("parameter_name") == fresh.__dict__.get("parameter_name")
-    return live_class is type(fresh) and is_around_same and is_tied(live) == is_tied(fresh)
+    return _class_of(live) is type(fresh) and is_around_same and is_tied(live) == is_tied(fresh)
+
+
+def _class_of(entry: object) -> type:
+    """The class of an object, which PEFT gave it, before it was prepared."""
+    return getattr(type(entry), "hotswap_original", type(entry))
 
 
 def is_tied(wrapper: torch.nn.Module) -> bool:
@@ -169,7 +173,7 @@ def are_equal(first: Any, second: Any) -> bool:
     """
     if first is second:
         return True
-    if type(first) is not type(second):
+    if _class_of(first) is not _class_of(second):
         return isinstance(first, (int, float)) and isinstance(second, (int, float)) and first == second
     if isinstance(first, torch.Tensor):
         return are_interchangeable(first, second)
@@ -184,8 +188,7 @@ def are_equal(first: Any, second: Any) -> bool:
 
 def have_same_form(first: Any, second: Any) -> bool:
     """Whether two modules differ at most in the values and shapes of their tensors and in plain attributes."""
-    classes = [getattr(type(each), "hotswap_original", type(each)) for each in (first, second)]
-    if classes[0] is not classes[1]:
+    if _class_of(first) is not _class_of(second):
         return False
     for table in ("_parameters", "_buffers", "_modules"):
         one, other = first.__dict__[table], second.__dict__[table]

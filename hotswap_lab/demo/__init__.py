@@ -106,8 +106,8 @@ def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -
     """
     batch = tokenizer([word + SEPARATOR for word in words], return_tensors="pt", padding=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    answers = torch.empty((len(words), 0), dtype=torch.long)
-    finished = torch.zeros(len(words), dtype=torch.bool)
+    answers = torch.empty((len(words), 0), dtype=torch.long, device="cpu")
+    finished = torch.zeros(len(words), dtype=torch.bool, device="cpu")
     limit = tokenizer.model_max_length - ids.shape[1]
     while not finished.all() and answers.shape[1] < limit:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -148,7 +148,7 @@ def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> di
     Each tensor has the shape ``(pairs, tokens of the longest)``. Only an answer and its end token count for the loss.
     """
     end = tokenizer.eos_token_id
-    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end]) for prompt, answer in pairs]
+    rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end], device="cpu") for prompt, answer in pairs]
     labels = [row.clone() for row in rows]
     for label, (prompt, _) in zip(labels, pairs, strict=True):
         label[: len(prompt)] = IGNORED

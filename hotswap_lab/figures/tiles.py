@@ -80,10 +80,10 @@ def drawn(
     for at, label in [*enumerate(row_labels)][::every]:
         word(left - 8, top + at * step + size / 2 + 4, label, anchor="end", color=MUTED)
     tints = [BASE, *(mix(color, (number + 1) / (len(STEPS) + 1)) for number in range(len(STEPS) + 1))]
-    cells, spots = torch.full((len(rows) * pitch, len(columns) * pitch), len(tints)), []
+    cells, spots = torch.full((len(rows) * pitch, len(columns) * pitch), len(tints), device="cpu"), []
     for tile in tiles:
         row, column = (names.index(part) for names, part in zip((rows, columns), split(tile.path), strict=True))
-        shades = (tile.cells > 0).int() + torch.bucketize(tile.cells, torch.tensor(STEPS))
+        shades = (tile.cells > 0).int() + torch.bucketize(tile.cells, torch.tensor(STEPS, device="cpu"))
         cells[row * pitch : row * pitch + n, column * pitch : column * pitch + n] = shades
         place = partial(area, left + column * step, top + row * step, size, size)
         says, here = f"{tile.path}: {tile.says}", f"{column_labels[column]} in block {row_labels[row]}: {tile.says}"

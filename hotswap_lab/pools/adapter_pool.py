@@ -313,10 +313,10 @@ class AdapterPool:
         warn_of(plan)
         member.notes = plan.notes
         sources += [
-            (target, target.off_value() if source is None else source)
+            (target, source)
             for each in plan.layers
             for target, source in zip(each.layer.tensors, each.sources, strict=True)
-            if source is not None or target.reads_base
+            if source is not None
         ]
         if slot is not self._room.slot:
             # like after loading: PEFT adds a classifier's names to the given ones

@@ -100,7 +100,8 @@ class Probe:
     def weights(self, variant: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's ``a`` and ``b``, of rank 1, the same for all rows and in all forwards."""
         generator = torch.Generator().manual_seed(zlib.crc32(variant.path.encode()))
-        drawn = [torch.randn((1, 1, *each.shape[2:]), generator=generator) for each in (variant.a, variant.b)]
+        shapes = [(1, 1, *each.shape[2:]) for each in (variant.a, variant.b)]
+        drawn = [torch.randn(each, generator=generator, device="cpu") for each in shapes]
         if not variant.looks_up:
             drawn[0] /= drawn[0].numel() ** 0.5
         a, b = (each.to(variant.a.device, variant.a.dtype).expand(len(self.mask), *each.shape[1:]) for each in drawn)
@@ -143,9 +144,9 @@ def prove(
 
     def are_apart(layers: Collection[int], none: list[torch.Tensor], lengths: torch.Tensor | None = None) -> bool:
         try:
-            _, all_rows = outputs(torch.ones(batch.size), layers, lengths=lengths)
+            _, all_rows = outputs(torch.ones(batch.size, device="cpu"), layers, lengths=lengths)
             for bit in range((batch.size - 1).bit_length()):
-                mask = torch.arange(batch.size) >> bit & 1
+                mask = torch.arange(batch.size, device="cpu") >> bit & 1
                 _, found = outputs(mask.double(), layers, lengths=lengths)
                 if not all(map(_are_as_expected, found, none, all_rows, [mask.bool()] * len(none))):
                     return False
@@ -155,13 +156,13 @@ def prove(
 
     def are_apart_at(lengths: torch.Tensor) -> bool:
         try:
-            _, none = outputs(torch.zeros(batch.size), (), lengths=lengths)
+            _, none = outputs(torch.zeros(batch.size, device="cpu"), (), lengths=lengths)
         except Exception:  # of any kind: the model doesn't take such lengths, which shows nothing
             return False
         return are_apart(layers, none, lengths)
 
     with random_numbers_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        first, none = outputs(torch.zeros(batch.size), ())
+        first, none = outputs(torch.zeros(batch.size, device="cpu"), ())
         if not none:
             raise refused("rows_not_in_layer", paths="of the output", found="no output whose first axis is the batch")
         if not are_apart(layers, none):
@@ -173,12 +174,13 @@ def prove(
             raise refused("rows_not_in_layer", paths=paths, found="rows that get one another's adapter")
         most = [_most_tokens(each, total) for each in compat.tree_leaves((arguments, named))]
         if any(most):
-            shares = torch.linspace(0, 1, total)  # a sort by length moves rows in one of both orders at least
+            # a sort by length moves rows in one of both orders at least
+            shares = torch.linspace(0, 1, total, device="cpu")
             if 1 in most or not all(map(are_apart_at, (shares, shares.flip(0)))):
                 return False
         if not has_more:
             return True
-        second, _ = outputs(torch.zeros(batch.size), (), seed=1)
+        second, _ = outputs(torch.zeros(batch.size, device="cpu"), (), seed=1)
         return not any(first.seen[index] == second.seen.get(index) for index in layers & first.seen.keys())
 
 
@@ -238,7 +240,8 @@ def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
         if batch.probe is None:  # another thread's forward
             return None
         generator = torch.Generator().manual_seed(seed)
-        return output + scale * torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+        noise = torch.randn(output.shape, generator=generator, device="cpu")
+        return output + scale * noise.to(output.device, output.dtype)
 
     with embedding.register_forward_hook(add):
         yield

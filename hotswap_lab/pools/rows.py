@@ -191,7 +191,7 @@ class RowRoom(Room):
         if (off := state.scalings == 0).any():  # the scaling that set_scale(1) would give it
             tables = [settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
             kept = [each or live for each, live in zip(state.settings, tables, strict=True)]
-            trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64)
+            trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64, device="cpu")
             scalings[:, 0] += off * trained * strength
         return scalings
 
@@ -258,7 +258,7 @@ class RowRoom(Room):
 
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
         states = [row.state for row in rows if row is not None]
-        acting = sum(((each.scalings != 0) for each in states), torch.zeros(len(self.slot.layers), dtype=torch.bool))
+        acting = sum(((each.scalings != 0) for each in states), torch.zeros_like(self.state.scalings, dtype=torch.bool))
         contents = {row and (id(row.bands), *row.scalings[:, 0].tolist()) for row in rows}
 
         def note(journal: Journal) -> None:

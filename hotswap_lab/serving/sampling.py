@@ -74,11 +74,13 @@ class Sampler:
         heat = 1.0 if config.temperature is None else config.temperature
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
         config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
-        setattr(config, compat.ENDS, torch.tensor(ends))
+        setattr(config, compat.ENDS, torch.tensor(ends, device="cpu"))
         bias = [[[token], float(added)] for token, added in biases.items()]
         self.steps: list[Any] = [transformers.SequenceBiasLogitsProcessor(bias)] if bias else []
         penalties = [self._penalize] if how.frequency_penalty or how.presence_penalty else []
-        more: dict[str, Any] = dict(encoder_input_ids=torch.tensor([prompt]), logits_processor=penalties, device="cpu")
+        more: dict[str, Any] = dict(
+            encoder_input_ids=torch.tensor([prompt], device="cpu"), logits_processor=penalties, device="cpu"
+        )
         self.steps += getattr(model, compat.LOGITS_PROCESSOR)(config, len(prompt), **more)
 
     def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class Sampler:
         """The next token after those of the answer; ``best`` is the most probable one, where nothing else is wanted."""
         if not (self.steps or self.is_drawn):  # transformers has no step for temperature 1
             return best
-        ids, scores = torch.tensor([[*self.prompt, *answer]]), logits.cpu()[None]
+        ids, scores = torch.tensor([[*self.prompt, *answer]], device="cpu"), logits.cpu()[None]
         for step in self.steps:
             scores = step(ids, scores)
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=self.random) if self.is_drawn else scores.argmax()

@@ -125,14 +125,14 @@ def _has_weight(module: torch.nn.Module) -> bool:
 
 def _tile(slot: Slot, path: str, n: int, sizes: dict[str, float | None], having: tuple | None) -> Tile:
     if having is None or is_off(having[0].module, slot.adapter_name):
-        return Tile(path, torch.zeros(n, n), "the base model alone")
+        return Tile(path, torch.zeros(n, n, device="cpu"), "the base model alone")
     layer, mask = having
     cells = _rms(slot, layer, n)
     if cells is not None and path not in sizes:
         sizes[path] = _size(layer.module)
     size = None if cells is None else sizes[path]
     if size is None:  # IA3, for example, multiplies: one tint
-        return Tile(path, torch.full((n, n), float(any(each.memory.any() for each in layer.tensors))), "")
+        return Tile(path, torch.full((n, n), float(any(each.memory.any() for each in layer.tensors)), device="cpu"), "")
     cells = (cells / size).nan_to_num().cpu()
     if not cells.any():
         return Tile(path, cells, "the adapter is off here")
@@ -157,7 +157,7 @@ def _in_use(layer: SlotLayer) -> torch.Tensor:
     ranked = [each for each in layer.tensors if each.rank_axis is not None]
     size = min((each.memory.shape[each.rank_axis] for each in ranked), default=0)
     masks = [(each.memory.detach().movedim(each.rank_axis, 0)[:size] != 0).flatten(1).any(1) for each in ranked]
-    return torch.stack(masks).any(0) if masks else torch.zeros(0, dtype=torch.bool)
+    return torch.stack(masks).any(0) if masks else torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
 def _rms(slot: Slot, layer: SlotLayer, n: int) -> torch.Tensor | None:

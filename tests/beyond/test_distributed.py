@@ -339,6 +339,7 @@ SWAPS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "FSDP of a rank that can't be shared evenly": (shard_fully, "odd", ("odd too",)),
     "FSDP of a rank of which a process has nothing": (shard_fully, "one", ("one too",)),
     "FSDP of weights and biases": (shard_fully, "biased", ("biased too",)),
+    "FSDP of DoRA, which is turned off": (shard_fully, "dora", ("dora on fewer", "dora")),
     "FSDP of the base layers alone": (fsdp_base_layers, "first", ANY_RANK),
     "tensor parallelism of PyTorch": (parallel, "first", (*ANY_RANK, "grown", "first")),
     "tensor parallelism of transformers": (parallel_by_transformers, "first", ANY_RANK),
@@ -380,8 +381,6 @@ REFUSED: dict[str, tuple[Callable, str, str, str]] = {
     "FSDP: a lower rank": (shard_fully, "first", "odd", "can't be changed while FSDP shards it"),
     "FSDP: another kind of LoRA": (shard_fully, "first", "dora", "spread over processes"),
     "in parallel: another kind of LoRA": (parallel, "first", "dora", "spread over processes"),
-    # what means off there is the length of the base weight's rows, of which each process has some
-    "a magnitude that is turned off": (shard_fully, "dora", "dora on fewer", "spread over processes"),
     "partial sums": (partial_sums, "first", "same", "spread over processes as"),
     "tensor parallelism within FSDP": (placed_within_fsdp, "first", "same", "spread over processes as"),
     "shards of other sizes": (placed_unevenly, "first", "same", "sharded unevenly"),

@@ -150,10 +150,20 @@ def test_what_is_frozen_is_unfrozen_after_an_error(tmp_path, way, form):
         assert faults > 3
 
 
-@pytest.mark.parametrize(("form", "way"), [("DoRA", "swap"), ("lora_bias", "swap"), ("DoRA", "prepared")])
-def test_pefts_set_adapter_unfreezes_it(tmp_path, form, way):
+@pytest.mark.parametrize("way", ["swap", "prepared"])
+def test_pefts_set_adapter_unfreezes_a_magnitude_that_has_no_gradient(tmp_path, way):
+    model, _, few = turned_off(tmp_path, FORMS["DoRA"], way)
+    model.set_adapter("default")
+    train(model)
+    train(fresh := load(MLP, few, is_trainable=True))
+    torch.testing.assert_close(call(model, MLP.inputs()), call(fresh, MLP.inputs()))
+    save_adapter(model, tmp_path / "saved")
+    torch.testing.assert_close(call(load(MLP, str(tmp_path / "saved")), MLP.inputs()), call(model, MLP.inputs()))
+
+
+def test_pefts_set_adapter_unfreezes_a_bias(tmp_path):
     """Then what is trained is not what would be saved, which is said, until the next swap."""
-    model, _, few = turned_off(tmp_path, FORMS[form], way)
+    model, _, few = turned_off(tmp_path, FORMS["lora_bias"], "swap")
     flags = trained(model)
     model.set_adapter("default")
     save_adapter(model, tmp_path / "still right")
@@ -215,3 +225,40 @@ def test_what_is_off_stays_off_in_another_precision(tmp_path):
     model, _, _ = turned_off(tmp_path, FORMS["DoRA"], "swap")
     model.to(torch.bfloat16)
     save_adapter(model, tmp_path / "saved")
+
+
+#: ways to lose all values of a model, before a state dict gives it others
+EMPTIED = {
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "meta, to_empty": lambda model: model.to("meta").to_empty(device="cpu"),
+    "meta": lambda model: model.to("meta"),
+}
+
+
+@pytest.mark.parametrize("form", few_of(["LoRA", *FORMS], ["LoRA", "DoRA"]))
+@pytest.mark.parametrize("way", ["swap", "prepared", "reserved", "pool"])
+@pytest.mark.parametrize("emptied", EMPTIED)
+def test_a_model_that_was_emptied_takes_its_state_dict(tmp_path, monkeypatch, emptied, way, form):
+    """What is off stays off, padding is zero, and a scaling outlasts it, as the Python float of a fresh load does."""
+    model, full, few = turned_off(tmp_path, {} if form == "LoRA" else FORMS[form], way)
+    expected = {key: each.clone() for key, each in model.state_dict().items()}
+    made = torch.empty_like
+    with monkeypatch.context() as patch:  # values that nobody has written
+        patch.setattr(torch, "empty_like", lambda like, **how: made(like, **how).fill_(7))
+        EMPTIED[emptied](model)
+    assert model.state_dict().keys() == expected.keys()
+    model.load_state_dict(expected, assign=emptied == "meta")
+    assert_same_tensors(model.state_dict(), expected)
+    model.eval()
+    torch.testing.assert_close(call(model, MLP.inputs()), call(load(MLP, few), MLP.inputs()))
+    hotswap_adapter(model, full, "default", add_layers=True)
+    torch.testing.assert_close(call(model, MLP.inputs()), call(load(MLP, full), MLP.inputs()))
+
+
+@pytest.mark.parametrize("way", ["swap", "prepared"])
+def test_weights_that_were_written_where_it_is_off_are_moved(tmp_path, way):
+    model, _, _ = turned_off(tmp_path, {}, way)
+    weight = model.get_base_model().last.lora_B["default"].weight
+    weight.data.fill_(1)
+    model.to(torch.float64)
+    assert model.get_base_model().last.lora_B["default"].weight.sum() == weight.numel()

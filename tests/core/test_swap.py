@@ -549,7 +549,7 @@ def test_pefts_operations_after_a_swap(tmp_path, coming):
             match = "Cannot hot-swap adapter 'default' because it is currently merged into"
             refused(match, hotswap_adapter, model, full, "default")
             model.unmerge_adapter()
-            one = resolve_slot(model, "default").layers[-1].module
+            one = resolve_slot(model, "default").layers[0].module
             one.merge(adapter_names=["default"])
             refused(match, hotswap_adapter, model, full, "default")
             one.unmerge()

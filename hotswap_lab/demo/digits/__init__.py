@@ -96,12 +96,12 @@ def pipeline(model: torch.nn.Module) -> DDIMPipeline:
 
 def noise(count: int = 1, seed: int = 0) -> torch.Tensor:
     """Noise to draw pictures from, of shape ``(count, 1, 16, 16)``. The same seed gives the same noise."""
-    return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def inputs(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs for one call of a model, for :func:`hotswap_lab.verify_hotswap`: noise, and a timestep in the middle."""
-    return {"sample": noise(count, seed), "timestep": torch.tensor(500)}
+    return {"sample": noise(count, seed), "timestep": torch.tensor(500, device="cpu")}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    is_the_classifiers = torch.arange(len(raw.target)) % EVERY == 0
+    is_the_classifiers = torch.arange(len(raw.target), device="cpu") % EVERY == 0
     chosen = {"classifier": is_the_classifiers, "model": ~is_the_classifiers}[part]
     small = torch.from_numpy(raw.images).float()[chosen] / FULL_INK
     large = F.interpolate(small[:, None], size=DIGIT_SIZE, mode="bicubic", align_corners=False)
@@ -63,6 +63,6 @@ def slanted(images: torch.Tensor, slope: float = 0.4) -> torch.Tensor:
     >>> top - bottom  # nine rows apart
     4
     """
-    shear = torch.tensor([[1.0, slope, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3)
+    shear = torch.tensor([[1.0, slope, 0.0], [0.0, 1.0, 0.0]], device="cpu").expand(len(images), 2, 3)
     grid = F.affine_grid(shear, [len(images), 1, SIZE, SIZE], align_corners=False)
     return 1 - F.grid_sample(1 - images[:, None], grid, align_corners=False)[:, 0]

@@ -50,7 +50,8 @@ def slant(images: torch.Tensor) -> torch.Tensor:
     """
     weight = 1 - upright(images)
     weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-6)
-    y, x = torch.arange(images.shape[1]).float()[:, None], torch.arange(images.shape[2]).float()[None]
+    rows, columns = (torch.arange(size, device="cpu").float() for size in images.shape[1:3])
+    y, x = rows[:, None], columns[None]
     dx = x - (weight * x).sum((1, 2), keepdim=True)
     dy = (weight * y).sum((1, 2), keepdim=True) - y
     return (weight * dx * dy).sum((1, 2)) / (weight * dy * dy).sum((1, 2)).clamp(min=1e-6)
