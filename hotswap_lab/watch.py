@@ -169,14 +169,15 @@ class RecompileWatch:
 
     def __exit__(self, error: object, *_: object) -> None:
         _end(self)
-        if self.allow is not None and error is None and self.runs == self._earlier_runs is not None:
+        if self._on_start in compat.dynamo_callbacks.start_callbacks:  # as it isn't after a block of its own inside
+            compat.dynamo_callbacks.remove_start_callback(self._on_start)
+        is_content = error is None and self.allow is not None and self.recompiles <= self.allow
+        if is_content and self.runs == self._earlier_runs is not None:
             warnings.warn(
                 f"{IDLE} in this block, so it does not show that nothing recompiles: in it, call what torch.compile "
                 "returned; for generate, which calls the module inside, use model.get_base_model().compile()",
                 stacklevel=2,
             )
-        if self._on_start in compat.dynamo_callbacks.start_callbacks:  # as it isn't after a block of its own inside
-            compat.dynamo_callbacks.remove_start_callback(self._on_start)
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""

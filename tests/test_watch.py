@@ -200,6 +200,12 @@ def test_a_block_without_compiled_code_is_not_content():
             compiled(x)
         with pytest.raises(ZeroDivisionError), RecompileWatch(allow=0):
             _ = 1 / 0
+        with pytest.raises(UserWarning, match="nothing"), RecompileWatch(allow=0) as strict:
+            pass
+        assert strict._on_start not in callback_handler.start_callbacks
+        model.scaling["default"] = 3.0
+        with RecompileWatch(allow=0), pytest.raises(RecompileError):  # caught inside, and no longer content
+            compiled(x)
     assert (idle(silent), content.runs, content.summary) == (True, 1, "0 compiled, 0 recompiles")
     with pytest.warns(UserWarning, match="nothing"), content:  # each of its blocks
         pass
