@@ -97,9 +97,11 @@ class RowCache:
     layers: Sequence[LayerCache]
 
     def get_seq_length(self, *_: Any) -> int:
+        """The number of places that new tokens look at."""
         return self.layers[0].seen.shape[0]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new tokens in one layer, and return those of all places that are seen."""
         return self.layers[layer_idx].update(keys, values)
 
 

@@ -1,16 +1,19 @@
 """RecompileWatch: counts compilations and recompiles, and says which guard failed. Also picks a backend that works.
 
 It uses PyTorch's own bookkeeping: ``torch._dynamo.callback`` announces each compilation with an id, whose second
-part counts the graphs of one piece of code, and its metrics give the failed guard. A watch listens only to the start of
-a compilation, so it costs nothing while nothing is compiled.
+part counts the graphs of one piece of code, and its metrics give the failed guard. That nothing is compiled does not
+show that compiled code runs, so a watch also counts its runs: PyTorch calls a hook each time it has checked the guards
+of compiled code, and another one with new code, which it then runs. Outside of a block this costs nothing.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +30,9 @@ T = TypeVar("T")
 
 #: kinds of compilations that are not the graph of a piece of code
 TRIGGERS = {"LAZY_BACKWARD": "backward", "CUDAGRAPH_RECORDING": "cudagraph"}
+IDLE = "nothing that torch.compile compiled ran"
+#: in an error's message, or in PyTorch's words for an error, that stands in place of a guard
+ERROR = "object (has no|is not|does not) |Error on |failed on source |index out of range|operand|not supported between"
 
 
 class RecompileError(AssertionError):
@@ -97,11 +103,18 @@ class RecompileWatch:
     ----------
     allow:
         The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
+        With a number, a block in which no compiled code runs ends with a warning, since it shows nothing.
 
     Raises
     ------
     RecompileError
         At the first recompile that is not allowed. The model keeps working afterwards.
+
+    Notes
+    -----
+    ``generate`` of ``torch.compile(model)`` calls the module inside, which is not compiled. For ``generate``, compile
+    in place: ``model.get_base_model().compile()`` of a ``PeftModel``, ``model.compile()`` of any other model. A package
+    that was compiled ahead of time never recompiles, so its calls are not counted as runs.
 
     Examples
     --------
@@ -123,9 +136,12 @@ class RecompileWatch:
         self.compilations: list[Compilation] = []
         #: the calls that :meth:`call` ran, in order
         self.calls: list[Call] = []
+        #: how often code of ``torch.compile`` ran in the block, each piece between two graph breaks; None: unknown
+        self.runs: int | None = 0
         #: called when a compilation has begun, in the middle of it
         self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
+        self._earlier_runs: int | None = None  # before the block
 
     @property
     def compiles(self) -> int:
@@ -147,11 +163,21 @@ class RecompileWatch:
 
     def __enter__(self) -> RecompileWatch:
         listen(self._on_start)
+        _begin(self)
+        self._earlier_runs = self.runs
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        _end(self)
         if self._on_start in compat.dynamo_callbacks.start_callbacks:  # as it isn't after a block of its own inside
             compat.dynamo_callbacks.remove_start_callback(self._on_start)
+        is_content = error is None and self.allow is not None and self.recompiles <= self.allow
+        if is_content and self.runs == self._earlier_runs is not None:
+            warnings.warn(
+                f"{IDLE} in this block, so it does not show that nothing recompiles: in it, call what torch.compile "
+                "returned; for generate, which calls the module inside, use model.get_base_model().compile()",
+                stacklevel=2,
+            )
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
@@ -181,6 +207,7 @@ class RecompileWatch:
         """``1 compiled, 0 recompiles``"""
         others = [f"{self._count(kind)} {kind}" for kind in TRIGGERS.values() if self._count(kind)]
         plural = "" if self.recompiles == 1 else "s"
+        others += [IDLE] if self.runs == self._earlier_runs == 0 else []
         return ", ".join([f"{self.compiles} compiled", f"{self.recompiles} recompile{plural}", *others])
 
     def __str__(self) -> str:
@@ -191,6 +218,55 @@ class RecompileWatch:
     def _repr_html_(self) -> str:
         rows = [(each.call, each.kind, each.reason) for each in self.compilations]
         return html_table("Compilations", ["call", "what", "why"], rows, caption=self.summary)
+
+
+#: the watches whose block is running, and what PyTorch calls for them: with a look at guards, and with new code
+_watching: list[RecompileWatch] = []
+_hook: Any = None
+_handle: Any = None
+_lock = threading.Lock()
+
+
+def _begin(watch: RecompileWatch) -> None:
+    """Count for ``watch`` how often compiled code runs: found by its guards, or just compiled."""
+    global _hook, _handle
+    with _lock:
+        try:
+            set_hook, register = compat.set_guard_complete_hook, compat.register_bytecode_hook
+        except ImportError:
+            watch.runs = None
+            return
+        if not _watching:
+            others = set_hook(None)
+            set_hook(_hook := functools.partial(_on_lookup, others))
+            _handle = register(_on_run)
+        _watching.append(watch)
+
+
+def _end(watch: RecompileWatch) -> None:
+    with _lock:
+        if watch not in _watching:
+            return
+        _watching.remove(watch)
+        hook = compat.set_guard_complete_hook(_hook if _watching else _hook.args[0])
+        if hook is not _hook:  # that of others, which came in the block and perhaps does not call ours
+            compat.set_guard_complete_hook(hook)
+            watch.runs = None
+        if not _watching:
+            _handle.remove()
+
+
+def _on_lookup(others: Callable[[bool], bool] | None, fits: bool) -> bool:
+    # PyTorch has checked the guards of a piece of code, and runs what it has compiled if this returns True
+    if fits := others(fits) if others else fits:
+        _on_run()
+    return fits
+
+
+def _on_run(*_: object) -> None:
+    for watch in {*_watching}:
+        if watch.runs is not None:
+            watch.runs += 1
 
 
 def _kind(args: Any, guard: str) -> str:
@@ -218,7 +294,13 @@ def explain(guard: str) -> str:
         return f"a tensor has another shape: {match[1]}, axis {match[2]}, was {match[3]}, is {match[4]}"
     if match := re.match(r"___check_type_id\((.+), \d+\)", text):
         return f"an object of another type: {match[1]}"
-    return f"this no longer holds: {text}" if text else "the reason is not reported by this version of PyTorch"
+    if not text:
+        return "the reason is not reported by this version of PyTorch"
+    # an expression; the message of an error while one was evaluated; or words of PyTorch's own
+    with contextlib.suppress(SyntaxError):
+        is_value = isinstance(ast.parse(text, mode="eval").body, ast.Constant)
+        return f"a guard could not be evaluated: {text}" if is_value else f"this no longer holds: {text}"
+    return f"{'a guard could not be evaluated' if re.search(ERROR, text) else 'PyTorch reports'}: {text}"
 
 
 # ---- which backend works

@@ -5,7 +5,9 @@ CI, which has Sphinx, checks that the site builds without a warning.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import json
 import re
 from itertools import product
@@ -59,13 +61,52 @@ def test_every_public_name_has_a_page(conf):
     assert {name: json.loads(text) for name, text in shown} == load("commands").schemas()
 
 
+def without_docstring(value: type) -> list[str]:
+    """Public members without a docstring, inherited ones included, unless a class of another package has them."""
+    missing = []
+    for owner in value.__mro__:
+        for name, member in (
+            vars(owner).items() if owner.__module__.split(".")[0] == value.__module__.split(".")[0] else ()
+        ):
+            member = getattr(member, "__func__", member)  # of a class method or a static method
+            is_described = callable(member) or isinstance(member, (property, functools.cached_property))
+            if name[0] != "_" and is_described and not (member.__doc__ or inspect.getdoc(getattr(value, name))):
+                missing.append(f"{owner.__name__}.{name}")
+    return missing
+
+
 def test_members_of_public_classes_have_docstrings(conf):
-    for name in conf.public(hotswap_lab):
-        value = getattr(hotswap_lab, name)
-        assert value.__doc__, name
-        for member, function in vars(value).items() if isinstance(value, type) else ():
-            is_public = member[0] != "_" and (callable(function) or isinstance(function, property))
-            assert not is_public or function.__doc__, f"{name}.{member}"
+    for module in map(
+        importlib.import_module, ["hotswap_lab", *("hotswap_lab." + name for name in conf.MODULES.split())]
+    ):
+        for name in conf.public(module):
+            value = getattr(module, name)
+            assert value.__doc__, name
+            assert not isinstance(value, type) or without_docstring(value) == [], module.__name__
+
+
+def test_every_kind_of_member_is_looked_at():
+    class Base:
+        def inherited(self): ...
+
+        def _private(self): ...
+
+    class Own(Base):
+        @classmethod
+        def of_class(cls): ...
+
+        @staticmethod
+        def static(): ...
+
+        @functools.cached_property
+        def cached(self): ...
+
+        @property
+        def computed(self): ...
+
+        number = 3
+
+    assert without_docstring(Own) == ["Own.of_class", "Own.static", "Own.cached", "Own.computed", "Base.inherited"]
 
 
 def test_modules_that_users_are_told_of_have_a_page(conf):

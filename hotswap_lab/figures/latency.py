@@ -50,8 +50,8 @@ def timeline(title: str, watches: Mapping[str, Any]) -> Figure:
         By the panels' names, each a ``RecompileWatch``, or anything else with its ``calls`` and ``summary``.
 
     >>> from hotswap_lab import RecompileWatch
-    >>> with RecompileWatch() as watch:
-    ...     _ = watch.call("reverse", sum, [1, 2]), watch.call("sort", sum, [3, 4])
+    >>> watch = RecompileWatch()
+    >>> _ = watch.call("reverse", sum, [1, 2]), watch.call("sort", sum, [3, 4])
     >>> print(timeline("Latency", {"prepared": watch}))  # doctest: +ELLIPSIS
     Latency. prepared: 2 calls, 1 swap, 0 compiled, 0 recompiles, other calls ... ms in the median.
     """

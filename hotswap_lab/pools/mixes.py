@@ -34,7 +34,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
     """The sum of adapters, each times its weight, as an adapter of its own.
 
     ``B1 @ A1 * s1 * w1 + B2 @ A2 * s2 * w2`` is ``B @ A`` with ``A1`` above ``A2``, and the factors in ``B``. PEFT's
-    ``add_weighted_adapter(combination_type="cat")`` makes the same.
+    ``add_weighted_adapter(combination_type="cat")`` does so, too, but only in the layers of the first adapter's config.
     """
     settings: list[LayerSettings | None] = []
     sources: list[tuple[SlotTensor, torch.Tensor]] = []

@@ -163,17 +163,24 @@ class Column:
 
     def visit(self, label: str, check: Callable[[], None]) -> None:
         """Call the model a few times, and note the guards of the graph that ran."""
+        earlier = self.watch.runs
         for _ in range(CALLS):
             check()
             with in_use(self.switch.model), torch.no_grad(), self.watch:
                 self.watch.call(label, self._call)
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
+        if self.watch.runs == earlier is not None:  # no graph ran, as with the stance "force_eager"
+            self.ran = False
+            return
+        self.ran = True
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
         self.former, self.guards = self.guards or guards, guards
 
     def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
         """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
+        if not self.ran:
+            return [("nothing compiled ran", False)]
         counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.former.items())
         lines = []
         for (kind, was, now), count in sorted(counts.items()):

@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 from models import KINDS, Kind, load, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs
+from oracle import assert_equals_fresh_load, assert_same_outputs, call
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from hotswap_lab import (
@@ -42,6 +44,32 @@ def test_a_mix_is_saved_with_all_of_its_layers(tmp_path, first):
     pool.swap({"first": 0.7, "second": 0.4})
     save_adapter(model, tmp_path / "saved")
     assert_same_outputs(load(LLAMA, str(tmp_path / "saved")), model, LLAMA)
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_a_mix_is_the_exact_sum_also_where_that_of_peft_is_not(tmp_path, first):
+    """As docs/facts.md says: the first adapter's config is that of PEFT's mix."""
+    shares = {"first": 0.7, "second": 0.4}
+    for seed, name in enumerate(shares):
+        options = FIRST[first] if name == "first" else {}
+        save_random_adapter(LLAMA, tmp_path / name, seed=seed + 1, **Q, **options)
+    fresh = [load(LLAMA, tmp_path / name).double() for name in shares]
+    expected, peft = LLAMA.base().double(), PeftModel.from_pretrained(LLAMA.base(), tmp_path / "first", "first")
+    for model, weight in zip(fresh, shares.values(), strict=True):
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer):
+                with torch.no_grad():
+                    expected.get_submodule(path).weight += weight * layer.get_delta_weight("default")
+    mixed = load(LLAMA, tmp_path / "second").double()
+    sources = {name: str(tmp_path / name) for name in shares}
+    AdapterPool(mixed, adapters=sources, target_rank=8, progress=False).swap(shares)
+    peft.load_adapter(sources["second"], "second")
+    peft = peft.double()
+    peft.add_weighted_adapter([*shares], [*shares.values()], "mix", combination_type="cat")
+    peft.set_adapter("mix")
+    wanted, ours, theirs = (call(model, LLAMA.inputs()) for model in (expected, mixed, peft.eval()))
+    assert (ours - wanted).abs().max() < 1e-9
+    assert ((theirs - wanted).abs().max() < 1e-9) == (first == "plain")
 
 
 def test_paths_that_are_ends_of_other_paths(tmp_path):

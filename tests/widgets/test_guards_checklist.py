@@ -133,6 +133,17 @@ def test_it_says_that_it_compiles_again_from_the_moment_a_guard_fails(guards):
     assert str(guards).endswith("changed since: run again")
 
 
+def test_it_is_not_green_where_no_graph_ran(guards, family):
+    with torch.compiler.set_stance("force_eager"):
+        guards.choose("same")
+        assert [column.checklist() for column in guards.columns.values()] == [[("nothing compiled ran", False)]] * 2
+        guards.choose("rank")
+        model = PeftModel.from_pretrained(a_base(), family["a"]).eval()
+        assert "  nothing compiled ran" in str(Guards({"first": model}, family, INPUTS))
+    guards.choose("a")
+    assert all(column.checklist()[0] == ("every guard holds", True) for column in guards.columns.values())
+
+
 @pytest.mark.long
 def test_swaps_by_others_wait_while_it_calls(guards):
     column, threads = guards.columns["prepared"], []
