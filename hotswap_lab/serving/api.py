@@ -351,21 +351,25 @@ def _choice(index: int, piece: Piece, kind: str, is_part: bool = False) -> dict[
 
 
 def _logprobs(tokens: Sequence[Token], kind: str) -> dict[str, Any]:
-    tops = [{"top_logprobs": [_chosen(*each) for each in token.top]} for token in tokens]
-    described = [_chosen(token.text, token.logprob) | top for token, top in zip(tokens, tops, strict=True)]
     if kind == CHAT:
-        return {"content": described}
+        return {"content": [_chosen(token) | {"top_logprobs": [*map(_chosen, token.top)]} for token in tokens]}
     return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [each["logprob"] for each in described],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in described],
+        "tokens": [token.name for token in tokens],
+        "token_logprobs": [_logprob(token) for token in tokens],
+        "top_logprobs": [{top.name: _logprob(top) for top in token.top} for token in tokens],
         "text_offset": [token.start for token in tokens],
     }
 
 
-def _chosen(text: str, logprob: float) -> dict[str, Any]:
-    """A token as chats have it. JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+def _chosen(token: Token) -> dict[str, Any]:
+    """A token as chats have it."""
+    known = None if token.raw is None else [*token.raw]
+    return {"token": token.name, "logprob": _logprob(token), "bytes": known}
+
+
+def _logprob(token: Token) -> float:
+    """JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
+    return max(token.logprob, -9999.0)
 
 
 def _usage(ends: Sequence[Piece]) -> dict[str, int]:

@@ -16,6 +16,7 @@ import torch
 from refusals import refused
 from running import numbers
 from served import FAMILY, SHORT, WORDS, Served, logged
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hotswap_lab.core.errors import refusal
 from hotswap_lab.serving import BusyError, Piece, Request, Sampling, Table, Version
@@ -27,7 +28,10 @@ SERVER = "http://served"
 TEXT, CHATS, ADMIN = "/v1/completions", "/v1/chat/completions", "/admin/adapters"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 CHAT = {"role": "user", "content": "p"}
-TOKENS = (Token("h", -0.5, (("h", -0.5), ("x", -1.5))), Token("é", -0.25, (("é", -0.25), ("y", float("-inf"))), 1))
+TOKENS = (
+    Token("h", -0.5, b"h", (Token("h", -0.5, b"h"), Token("x", -1.5, b"x"))),
+    Token("é", -0.25, "é".encode(), (Token("é", -0.25, "é".encode()), Token("token_id:5", float("-inf"))), 1),
+)
 
 
 class Fake:
@@ -437,7 +441,7 @@ def test_logprobs_of_completions():
     (choice,) = asked_of(Fake(tokens=TOKENS), logprobs=2).choices
     assert choice.logprobs.tokens == ["h", "é"]
     assert choice.logprobs.token_logprobs == [-0.5, -0.25]
-    assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "y": -9999.0}]
+    assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "token_id:5": -9999.0}]
     assert choice.logprobs.text_offset == [0, 1]
     assert asked_of(Fake()).choices[0].logprobs is None
 
@@ -449,6 +453,9 @@ class Spaced:
 
     def decode(self, tokens, **_):
         return b"".join(self.parts[each - 10] for each in tokens).decode(errors="replace").removeprefix(" ")
+
+    def convert_ids_to_tokens(self, token):
+        return "".join(map(bytes_to_unicode().get, self.parts[token - 10]))
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -496,6 +503,7 @@ def test_logprobs_of_chats(stream):
     assert (first.token, first.logprob, first.bytes) == ("h", -0.5, [104])
     assert [(each.token, each.logprob) for each in first.top_logprobs] == [("h", -0.5), ("x", -1.5)]
     assert (second.token, second.bytes, second.top_logprobs[1].logprob) == ("é", [195, 169], -9999.0)
+    assert second.top_logprobs[1].bytes is None  # a tokenizer doesn't show them
 
 
 # ---- for administrators
