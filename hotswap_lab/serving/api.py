@@ -194,9 +194,13 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         if not token or not hmac.compare_digest(authorization.encode("latin-1"), f"Bearer {token}".encode()):
             raise TokenError(refusal("no_token"))
 
+    async def live() -> list[dict[str, Any]]:
+        """The states of the replicas; none while no request would be answered."""
+        return await backend.states() if backend.table.number else []
+
     @api.get("/healthz")
     async def healthz() -> Any:
-        states = await backend.states()
+        states = await live()
         status, code = ("ok", 200) if states else ("starting", 503)
         return JSONResponse({"status": status, "replicas": states}, code)
 
@@ -207,8 +211,9 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.get("/v1/models")
     async def models() -> Any:
-        dtype = next((each["dtype"] for each in await backend.states()), None)
-        known = dict(object="model", created=0, owned_by="", dtype=dtype)
+        if not (states := await live()):
+            raise BusyError(refusal("starting"))
+        known = dict(object="model", created=0, owned_by="", dtype=states[0]["dtype"])
         return {"object": "list", "data": [{"id": name} | known for name in (base, *backend.table.versions)]}
 
     async def changed(call: Call, adapters: Mapping[str, str | None]) -> dict[str, int]:

@@ -127,12 +127,18 @@ def status_of(api, body, then):
 
 
 def test_the_models(api, served, monkeypatch):
-    """Each with the dtype that the replicas say, or None while there is none."""
+    """Each with the dtype that the replicas say; none while there is none that answers."""
     known = sent(api, "/v1/models").json()["data"]
     assert [(each["id"], each["dtype"]) for each in known] == [(name, "float32") for name in ("demo", *FAMILY)]
-    for states, dtype in (([{"dtype": "bfloat16"}], "bfloat16"), ([], None)):
+    monkeypatch.setattr(served, "states", mock.AsyncMock(return_value=[{"dtype": "bfloat16"}]))
+    assert {each["dtype"] for each in sent(api, "/v1/models").json()["data"]} == {"bfloat16"}
+    state = [{"dtype": "bfloat16"}]
+    for states, table in (([], served.table), (state, Table())):
         monkeypatch.setattr(served, "states", mock.AsyncMock(return_value=states))
-        assert {each["dtype"] for each in sent(api, "/v1/models").json()["data"]} == {dtype}
+        monkeypatch.setattr(served, "table", table)
+        models, health = sent(api, "/v1/models"), sent(api, "/healthz")
+        assert (models.status_code, models.headers["retry-after"], health.status_code) == (503, "1", 503)
+        assert "The server is starting" in models.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +294,18 @@ def test_admin_calls_need_the_token(served, token, authorization):
 
 LONG = ["9" * 100_000, "shout:" + "9" * 100_000, "+" * 100_000, "shout+" * 9 + "shout", "shout:" + "0" * 999 + "1"]
 WEIGHTS = ["shout:1e30", "shout:-1", "shout:inf", "shout:nan", "shout:101", "shout:60+shout:60"]
+WEIGHTS += [
+    "shout:1_0",
+    "shout: 1",
+    "shout:1 ",
+    "shout:１",
+    "shout:٣",
+    "shout:0x1",
+    "shout:1e400",
+    "shout:-0",
+    "shout:.",
+]
+WEIGHTS += ["shout:Infinity", "shout:1e", "shout:1e1_0", "shout:1\n"]
 
 
 @pytest.mark.parametrize("model", [*LONG, *WEIGHTS, "nobody", "shout:x", "shout+", "+", "", "shout:1:2", "shout\n"])
@@ -302,6 +320,7 @@ def test_names_of_mixes(served):
     shares = lambda model: [*served.table.shares(model, "demo").values()]  # noqa: E731
     assert shares("+".join(list(FAMILY)[:8])) == [1] * 8
     assert [shares(model) for model in ("shout:1e-1", "shout:", "shout:0.5+shout:0.25")] == [[0.1], [1], [0.75]]
+    assert [shares(f"shout:{each}") for each in ("5", "5.", ".5", "007", "1E1")] == [[5], [5], [0.5], [7], [10]]
     for name in ("a" * 200, "org/adapter-v1.5", "été"):
         assert Version.of(name, FAMILY["shout"]).name == name
 
