@@ -128,8 +128,12 @@ def fields() -> str:
         known |= {*own} if model is api.Asked else set()
         table = [f'"``{name}``", "{limits_of(schema)}"' for name, schema in own.items()]
         parts += [inspect.getdoc(model), listing(".. csv-table::\n   :header: field, type", table)]
-    refused = ", ".join(f"``{name}``" for name in sorted(api.UNKNOWN))
-    parts.append(f"These are refused where they would change the answer: {refused}. All others are ignored.")
+    ignored = ", ".join(f"``{name}``" for name in sorted(api.IGNORED))
+    parts.append(f"These change no answer and are ignored: {ignored}.")
+    own = "``add_special_tokens`` may be true in a completion and false in a chat"
+    parts.append(f"All others are refused, unless their value is null, or changes nothing; {own}, and the others are:")
+    table = [f"``{name}``; ``{' or '.join(map(json.dumps, values))}``" for name, values in sorted(api.NOTHING.items())]
+    parts.append(listing(".. csv-table::\n   :header: field; value\n   :delim: ;\n   :quote: '", table))
     return titled("The fields of a request", *parts)
 
 

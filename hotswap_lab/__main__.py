@@ -252,9 +252,10 @@ def unused(folder: str) -> str:
 
 def weighted(text: str) -> tuple[str, float]:
     adapter, _, weight = text.rpartition(":")
-    with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(weight)):
-            return path(adapter), number
+    # not all that float() reads, such as 1_0 for 10
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight, re.ASCII | re.IGNORECASE)
+    if is_number and math.isfinite(number := float(weight)):
+        return path(adapter), number
     raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5")
 
 

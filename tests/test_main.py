@@ -204,6 +204,7 @@ def test_the_commands_say_what_they_take(capsys):
         (["mix", BASE, "no weight", "--out", "folder"], 2, "no weight is not ADAPTER:WEIGHT, such as runs/a:0.5"),
         (["mix", BASE, "/runs/a", "runs/b:1", "--out", "folder"], 2, "/runs/a is not ADAPTER:WEIGHT"),
         (["mix", BASE, "runs/a:nan", "--out", "folder"], 2, "runs/a:nan is not ADAPTER:WEIGHT"),
+        (["mix", BASE, "runs/a:1_0", "--out", "folder"], 2, "runs/a:1_0 is not ADAPTER:WEIGHT"),
         (["serve", "--set", "rows"], 2, "rows is not NAME=VALUE"),
         (["nothing"], 2, "invalid choice"),
     ],

@@ -2,14 +2,21 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .sampling import Sampler, Sampling
 from .table import Version
+
+#: what tokenizers write for bytes that are no text
+LOST = "\ufffd"
+#: the byte of each letter in the vocabularies of GPT-2 and its like
+BYTES: dict[str, int] = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +38,17 @@ class Request(Sampling):
 
 @dataclass(frozen=True)
 class Token:
-    """The text and the log probability of a token, the most probable ones at its place, and where its text begins."""
+    """The name, log probability and bytes of a token, the most probable ones at its place, and where it begins.
 
-    text: str
+    ``raw`` is what the token adds to the answer, so that those of all tokens are the answer's; None if the tokenizer
+    doesn't show them. ``name`` is their text. Part of a letter has OpenAI's ``bytes:\\xc3``. A token whose bytes are
+    unknown, or whose name another token at this place has already, has vLLM's ``token_id:7``.
+    """
+
+    name: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    raw: bytes | None = None
+    top: tuple["Token", ...] = ()
     start: int = 0
 
 
@@ -64,6 +77,11 @@ class Answer:
         self.unread: list[int] = ids
         self.tokens: list[int] = []
         self.described: list[Token] = []
+        #: the text of the tokens, and their bytes, if they are wanted and known
+        self.whole: str = ""
+        self.raw: bytes | None = b""
+        #: the last text that didn't end in part of a letter, and how many tokens it has
+        self.complete: tuple[str, int] = "", 0
         #: text that is not sent yet, and how many letters are in it or sent
         self.text: str = ""
         self.ready: int = 0
@@ -91,11 +109,15 @@ class Answer:
 
     def take(self, logits: torch.Tensor, best: int) -> int:
         """Chooses the next token, and sends the new part of the text."""
-        token = self._choose(logits.float(), best)
+        logits, former = logits.float(), self.whole
+        token = self.sampler.choose(logits, best, self.tokens)
         self.tokens.append(token)
+        self.whole = self._read()
+        if self.request.logprobs is not None:
+            self._describe(former, logits.log_softmax(-1), self.request.logprobs)
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
-        text, stops = self._decode(self.tokens), self.request.stop
+        text, stops = self.whole, self.request.stop
         found = [at for at in map(text.find, stops) if at >= 0]
         finish, text = ("stop", text[: min(found)]) if found else (finish, text)
         # text that may be the start of a stop string is not sent yet
@@ -104,7 +126,7 @@ class Answer:
         unsent = max((len(each) for each in starts if text.endswith(each)), default=0)
         ready = len(text) if finish else len(text) - unsent
         # so is a letter that takes several tokens
-        if finish or (not text.endswith("\ufffd") and ready >= self.ready):
+        if finish or (not text.endswith(LOST) and ready >= self.ready):
             self.text += text[self.ready : ready]
             self.ready = ready
             # an answer that is not streamed is made of the same pieces, so that its text is the same
@@ -113,17 +135,66 @@ class Answer:
                 self.text, self.described = "", []
         return token
 
+    def _read(self) -> str:
+        """The text of the tokens."""
+        text, (before, count) = self._decode(self.tokens), self.complete
+        if LOST in text and not text.startswith(before):  # Llama's decodes bytes in a row as a whole, or none of them
+            last = count - 1
+            text = before + self._decode(self.tokens[last:])[len(self._decode(self.tokens[last:count])) :]
+        if not text.endswith(LOST):
+            self.complete = text, len(self.tokens)
+        return text
+
     def _decode(self, tokens: Sequence[int]) -> str:
         # cleaning up spaces would change text that is sent already: "a ." becomes "a."
         return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _choose(self, logits: torch.Tensor, best: int) -> int:
-        best, most = self.sampler.choose(logits, best, self.tokens), self.request.logprobs
-        if most is not None:
-            values = logits.log_softmax(-1)
-            best_ones = values.topk(min(most, len(values))).indices.tolist()
-            top = [(self._decode([each]), float(values[each])) for each in best_ones]
-            # decoded alone, a token may lack its space, or be half a letter
-            start = len(self._decode(self.tokens).rstrip("\ufffd"))
-            self.described.append(Token(self._decode([best]), float(values[best]), tuple(top), start))
-        return best
+    def _describe(self, former: str, values: torch.Tensor, most: int) -> None:
+        """Notes the log probability of the last token, and of the most probable ones at its place."""
+        token, best = self.tokens[-1], values.topk(min(most, len(values))).indices.tolist()
+        found: dict[int, Token] = {}
+        for each in dict.fromkeys([token, *best]):
+            added, other = self._added(former, each), f"token_id:{each}"
+            name = other if added is None else _name(added)
+            is_taken = name in [earlier.name for earlier in found.values()]
+            found[each] = Token(other if is_taken else name, float(values[each]), added)
+        start, added = len(former), found[token].raw
+        text = "" if added is None else added.decode(errors="replace")
+        if text.encode() == added and self.whole.endswith(text):
+            start = len(self.whole) - len(text)
+        elif added and self.raw is not None:  # its first byte may belong to a letter that has begun before it
+            start = len((self.raw + added[:1]).decode(errors="replace")) - 1
+        self.described.append(replace(found[token], top=tuple(map(found.__getitem__, best)), start=start))
+        is_known = None not in (self.raw, added)
+        self.raw = self.raw + added if is_known else None if LOST in self.whole else self.whole.encode()
+
+    def _added(self, former: str, token: int) -> bytes | None:
+        """The bytes that a token adds to the answer, whose text was ``former``; None if the tokenizer hides them."""
+        text = self._decode([*self.tokens[:-1], token])
+        added = text[len(former) :]
+        if text.startswith(former) and not former.endswith(LOST) and LOST not in added:
+            return added.encode()
+        if LOST not in former + text:  # a tokenizer that changes earlier text
+            return None
+        spelled = self._spelled(token)
+        is_other = None not in (spelled, self.raw) and LOST not in text and self.raw + spelled != text.encode()
+        return None if is_other else spelled
+
+    def _spelled(self, token: int) -> bytes | None:
+        """The bytes of a token next to part of a letter, from its spelling, where the tokenizer decodes that alike."""
+        alone, twice = self._decode([token]), self._decode([token, token])
+        spelled = self.replica.tokenizer.convert_ids_to_tokens(token)
+        if LOST not in twice:
+            return twice[len(alone) :].encode()  # the first one may lack its space
+        if re.fullmatch("<0x[0-9A-F]{2}>", spelled) and alone == LOST:
+            return bytes.fromhex(spelled[3:5])
+        found = bytes(map(BYTES.get, spelled)) if {*spelled} <= BYTES.keys() else b""
+        if (found * 2).decode(errors="replace").endswith(twice):
+            return found
+        return alone.encode() if alone == spelled else None
+
+
+def _name(added: bytes) -> str:
+    """The text of some bytes, or themselves where they are none."""
+    text = added.decode(errors="replace")
+    return text if text.encode() == added else "bytes:" + "".join(f"\\x{each:02x}" for each in added)

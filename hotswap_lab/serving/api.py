@@ -5,9 +5,10 @@ import contextlib
 import hmac
 import json
 import logging
+import reprlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -27,10 +28,22 @@ from .sampling import Sampling
 from .table import UnknownAdapterError
 
 TEXT, CHAT = "text_completion", "chat.completion"
-#: fields that would change the answer, but that replicas don't know. This value changes nothing, nor does an empty one.
-UNKNOWN: dict[str, Any] = {"best_of": 1, "modalities": ["text"], "response_format": {"type": "text"}}
-UNKNOWN |= dict.fromkeys(["audio", "bad_words", "echo", "functions", "ignore_eos", "min_tokens", "stop_token_ids"])
-UNKNOWN |= dict.fromkeys(["structured_outputs", "suffix", "tools", "use_beam_search", "web_search_options"])
+#: fields that are no part of what the model reads or how it answers; they are ignored
+IGNORED = {"cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "request_id"}
+IGNORED |= {"prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "session_id"}
+IGNORED |= {"store", "stream_interval", "stream_options.include_obfuscation", "user", "messages.annotations"}
+IGNORED |= {"messages.content.cache_control", "messages.content.prompt_cache_breakpoint", "messages.refusal"}
+#: of fields that are not served, the values that change nothing, which clients repeat; null is one for any field
+OFF = (
+    "continue_final_message echo ignore_eos include_stop_str_in_output messages.prefix return_prompt_text watermarking"
+)
+OFF += " return_token_ids return_token_offsets return_tokens_as_token_ids use_beam_search"
+ON = "add_generation_prompt include_reasoning skip_special_tokens spaces_between_special_tokens"
+EMPTY = "bad_words documents functions logits_processors messages.tool_calls stop_token_ids tools"
+NOTHING: dict[str, tuple[Any, ...]] = dict.fromkeys(OFF.split(), (False,)) | dict.fromkeys(ON.split(), (True,))
+NOTHING |= dict.fromkeys(EMPTY.split(), ([],)) | dict.fromkeys(["function_call", "tool_choice"], ("none", "auto"))
+NOTHING |= dict(best_of=(1,), chat_template_kwargs=({},), length_penalty=(1,), min_tokens=(0,), modalities=(["text"],))
+NOTHING |= dict(response_format=({"type": "text"},), suffix=("",), verbosity=("medium",))
 #: the fields that a request to a replica has, too
 SAMPLING = {each.name for each in fields(Sampling)}
 
@@ -48,8 +61,25 @@ BODY_SECONDS = 30
 Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
+class Object(BaseModel, extra="allow", strict=True):
+    """An object in a request. Text is no number, and what is not in the model is noted."""
+
+    def others(self, before: str = "") -> Iterator[tuple[str, Any]]:
+        """The fields that are not in the model, and their values, also those of the objects inside."""
+        yield from ((before + name, value) for name, value in (self.model_extra or {}).items())
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, Object):
+                    yield from each.others(f"{before}{name}.")
+
+
+class StreamOptions(Object):
+    include_usage: bool | None = None
+
+
 # pydantic takes the fields of the dataclass with the limits that they are annotated with
-class Asked(BaseModel, Sampling, extra="allow"):
+class Asked(Object, Sampling):
     """The fields that completions and chats share.
 
     - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
@@ -70,8 +100,11 @@ class Asked(BaseModel, Sampling, extra="allow"):
 
     Where a request leaves out ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``repetition_penalty``, the model's
     ``generation_config`` decides, as in vLLM. If that has no ``do_sample``, the temperature is 0, and a ``seed`` alone
-    has no effect. Other fields are ignored, as in vLLM, with two exceptions that have the status 400: fields of OpenAI
-    and vLLM that would change the answer, and names that are nearly one of those here, such as ``temprature``.
+    has no effect.
+
+    No field is dropped that could change the answer. Those that can't, such as ``user`` and ``metadata``, are ignored.
+    All others, also those that the server has never heard of and those of a message, have the status 400, unless their
+    value is null or, where the server knows it, the one that changes nothing.
     """
 
     model: str
@@ -80,7 +113,7 @@ class Asked(BaseModel, Sampling, extra="allow"):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
 
 
 class AskedText(Asked):
@@ -88,7 +121,8 @@ class AskedText(Asked):
 
     - ``prompt``: the text to go on with.
     - ``logprobs``: send the log probability of each token, and of that many of the most probable ones at its place,
-      before temperature, penalties and bias.
+      before temperature, penalties and bias. A token is named by its text; part of a letter by its bytes, as
+      ``bytes:\\xc3``; and where two tokens of a place have the same text, one of them as ``token_id:7``.
     - ``echo``: begin the answer with the prompt. Not with ``logprobs``.
     """
 
@@ -97,12 +131,12 @@ class AskedText(Asked):
     echo: bool | None = None
 
 
-class Part(BaseModel):
+class Part(Object):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Object):
     role: str
     content: str | list[Part]
 
@@ -116,7 +150,8 @@ class AskedChat(Asked):
     """More fields of a chat.
 
     - ``messages``: for the model's chat template. Each has a ``role`` and a ``content``: a text, or parts of one.
-    - ``logprobs``: whether to send the log probability of each token, as for completions.
+    - ``logprobs``: whether to send the log probability of each token, as for completions, and its bytes: all of them
+      together are those of the answer, and of the ``stop`` that ended it. They are null if the tokenizer hides them.
     - ``top_logprobs``: and of that many of the most probable ones at its place.
     """
 
@@ -194,9 +229,13 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         if not token or not hmac.compare_digest(authorization.encode("latin-1"), f"Bearer {token}".encode()):
             raise TokenError(refusal("no_token"))
 
+    async def live() -> list[dict[str, Any]]:
+        """The states of the replicas; none while no request would be answered."""
+        return await backend.states() if backend.table.number else []
+
     @api.get("/healthz")
     async def healthz() -> Any:
-        states = await backend.states()
+        states = await live()
         status, code = ("ok", 200) if states else ("starting", 503)
         return JSONResponse({"status": status, "replicas": states}, code)
 
@@ -207,8 +246,9 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.get("/v1/models")
     async def models() -> Any:
-        dtype = next((each["dtype"] for each in await backend.states()), None)
-        known = dict(object="model", created=0, owned_by="", dtype=dtype)
+        if not (states := await live()):
+            raise BusyError(refusal("starting"))
+        known = dict(object="model", created=0, owned_by="", dtype=states[0]["dtype"])
         return {"object": "list", "data": [{"id": name} | known for name in (base, *backend.table.versions)]}
 
     async def changed(call: Call, adapters: Mapping[str, str | None]) -> dict[str, int]:
@@ -254,14 +294,15 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     async def answered(call: Call, asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
             raise refused("no_prompt", field="prompt" if kind == TEXT else "messages")
-        extra = asked.model_extra or {}
-        for name, value in extra.items():
-            if value and name in UNKNOWN and value != UNKNOWN[name]:
-                raise refused("unknown_field", field=name, value=value, nothing=UNKNOWN[name])
-        for name in [*extra][:50]:  # not thousands, which would take seconds
+        nothing = NOTHING | {"add_special_tokens": (kind == TEXT,)}
+        for name, value in asked.others():
+            if value is None or name in IGNORED or value in nothing.get(name, ()):
+                continue
             # 0.85, since no field of another server is that close to one of ours
             if meant := get_close_matches(name.lower(), type(asked).model_fields, 1, 0.85):
                 raise refused("misspelled_field", field=name, meant=meant[0])
+            known = " or ".join(map(json.dumps, [None, *nothing.get(name, ())]))
+            raise refused("unknown_field", field=name, value=reprlib.repr(value), nothing=known)
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
             json.dumps([prompt, stop], ensure_ascii=False).encode()
@@ -281,7 +322,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
         pieces = _merged([begun(each, echo) for each in requests])
         if asked.stream:
-            has_usage = bool((asked.stream_options or {}).get("include_usage"))
+            has_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             first = await anext(pieces)  # until here, an error has a status of its own
             return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
         if (ends := await _while_there(call, pieces)) is None:
@@ -351,21 +392,25 @@ def _choice(index: int, piece: Piece, kind: str, is_part: bool = False) -> dict[
 
 
 def _logprobs(tokens: Sequence[Token], kind: str) -> dict[str, Any]:
-    tops = [{"top_logprobs": [_chosen(*each) for each in token.top]} for token in tokens]
-    described = [_chosen(token.text, token.logprob) | top for token, top in zip(tokens, tops, strict=True)]
     if kind == CHAT:
-        return {"content": described}
+        return {"content": [_chosen(token) | {"top_logprobs": [*map(_chosen, token.top)]} for token in tokens]}
     return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [each["logprob"] for each in described],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in described],
+        "tokens": [token.name for token in tokens],
+        "token_logprobs": [_logprob(token) for token in tokens],
+        "top_logprobs": [{top.name: _logprob(top) for top in token.top} for token in tokens],
         "text_offset": [token.start for token in tokens],
     }
 
 
-def _chosen(text: str, logprob: float) -> dict[str, Any]:
-    """A token as chats have it. JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+def _chosen(token: Token) -> dict[str, Any]:
+    """A token as chats have it."""
+    known = None if token.raw is None else [*token.raw]
+    return {"token": token.name, "logprob": _logprob(token), "bytes": known}
+
+
+def _logprob(token: Token) -> float:
+    """JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
+    return max(token.logprob, -9999.0)
 
 
 def _usage(ends: Sequence[Piece]) -> dict[str, int]:

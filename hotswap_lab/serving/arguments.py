@@ -1,7 +1,7 @@
 """What a server is started with: checked before anything starts, and the same with Ray Serve and without."""
 
-import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -101,10 +101,13 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def _number(name: str, value: object) -> int:
-    text, least = str(value).lower(), int(NUMBERS[name] > 0 and NUMBERS[name] is not True)
-    with contextlib.suppress(ValueError):
-        if (number := int({"true": "1", "false": "0"}.get(text, text))) >= least:
-            return number
+    default, text = NUMBERS[name], str(value).lower()
+    least = int(default > 0 and default is not True)
+    if isinstance(default, bool):
+        text = {"true": "1", "false": "0"}.get(text, text)
+    # not all that Python reads, such as 1_0 for 10, nor more digits than it does
+    if re.fullmatch("[0-9]{1,18}", text) and int(text) >= least:
+        return int(text)
     raise refused("bad_number", name=name, value=value, least=least)
 
 

@@ -1,6 +1,7 @@
 """How the tokens of an answer are chosen: transformers' own logits processors, each request with its own values."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from .. import compat
 from ..core.errors import refused
 
 try:
-    from pydantic import Field
+    from pydantic import BeforeValidator, Field
 except ModuleNotFoundError as _error:
     raise ImportError(f'{_error}: pip install "hotswap_lab[serve]"', name="pydantic") from _error
 
@@ -23,6 +24,11 @@ COLDEST = 1e-3
 OF_MODEL: dict[str, type] = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
 #: what a ``generation_config`` may want of ``generate`` besides choosing one token after the other
 BEYOND = ("num_beams", "guidance_scale", "forced_eos_token_id", "stop_strings", "max_time", "penalty_alpha")
+
+
+def _token_id(text: object) -> object:
+    """The number of a token as a key in JSON; other text stays, and is refused: Python reads ``1_0`` as 10, too."""
+    return int(text) if isinstance(text, str) and re.fullmatch("0|[1-9][0-9]{0,17}", text) else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class Sampling:
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[Annotated[int, BeforeValidator(_token_id)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
 
 

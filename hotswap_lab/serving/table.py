@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,8 @@ from ..files.reading import Adapter
 
 #: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
 MOST_CHARACTERS, MOST_ADAPTERS, MOST_WEIGHT, LONGEST_NAME = 1000, 8, 100, 200
+#: a weight as it is written; Python would read ``1_0`` as 10 as well, and digits of all scripts
+WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", re.ASCII | re.IGNORECASE)
 #: removed adapters whose numbers are remembered: a policy may have a new name at each of its steps
 MOST_REMEMBERED = 1000
 
@@ -103,13 +106,12 @@ class Table:
             raise self.unknown(model, base)
         for part in parts:
             name, _, weight = part.partition(":")
-            try:
-                version = self.versions[name]
-                shares[version] = shares.get(version, 0.0) + float(weight or 1)
-                if not 0 <= shares[version] <= MOST_WEIGHT:  # nor NaN
-                    raise ValueError(weight)
-            except (KeyError, ValueError):
-                raise self.unknown(part, base) from None
+            if name not in self.versions or not WEIGHT.fullmatch(weight or "1"):
+                raise self.unknown(part, base)
+            version = self.versions[name]
+            shares[version] = shares.get(version, 0.0) + float(weight or 1)
+            if shares[version] > MOST_WEIGHT:
+                raise self.unknown(part, base)
         return shares
 
     def unknown(self, part: str, base: str) -> UnknownAdapterError:

@@ -13,21 +13,27 @@ import httpx2
 import openai
 import pytest
 import torch
+from openai.types import chat, completion_create_params
+from openai.types.chat import ChatCompletionMessage
 from refusals import refused
 from running import numbers
 from served import FAMILY, SHORT, WORDS, Served, logged
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hotswap_lab.core.errors import refusal
 from hotswap_lab.serving import BusyError, Piece, Request, Sampling, Table, Version
 from hotswap_lab.serving.answers import Answer, Token
-from hotswap_lab.serving.api import openai_api
+from hotswap_lab.serving.api import NOTHING, AskedChat, AskedText, openai_api
 from hotswap_lab.serving.metrics import COUNTERS, GAUGES
 
 SERVER = "http://served"
 TEXT, CHATS, ADMIN = "/v1/completions", "/v1/chat/completions", "/admin/adapters"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 CHAT = {"role": "user", "content": "p"}
-TOKENS = (Token("h", -0.5, (("h", -0.5), ("x", -1.5))), Token("é", -0.25, (("é", -0.25), ("y", float("-inf"))), 1))
+TOKENS = (
+    Token("h", -0.5, b"h", (Token("h", -0.5, b"h"), Token("x", -1.5, b"x"))),
+    Token("é", -0.25, "é".encode(), (Token("é", -0.25, "é".encode()), Token("token_id:5", float("-inf"))), 1),
+)
 
 
 class Fake:
@@ -87,6 +93,13 @@ def asked(api, kind="completions", **how):
     return with_client(api, ask)
 
 
+def refusal_of(fake, kind, **how):
+    """The text of the error with the status 400 that the real client gets."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        asked_of(fake, kind, **how)
+    return str(caught.value)
+
+
 def with_client(api, ask):
     """What comes of asking with a client that is connected to the application."""
 
@@ -123,12 +136,18 @@ def status_of(api, body, then):
 
 
 def test_the_models(api, served, monkeypatch):
-    """Each with the dtype that the replicas say, or None while there is none."""
+    """Each with the dtype that the replicas say; none while there is none that answers."""
     known = sent(api, "/v1/models").json()["data"]
     assert [(each["id"], each["dtype"]) for each in known] == [(name, "float32") for name in ("demo", *FAMILY)]
-    for states, dtype in (([{"dtype": "bfloat16"}], "bfloat16"), ([], None)):
+    monkeypatch.setattr(served, "states", mock.AsyncMock(return_value=[{"dtype": "bfloat16"}]))
+    assert {each["dtype"] for each in sent(api, "/v1/models").json()["data"]} == {"bfloat16"}
+    state = [{"dtype": "bfloat16"}]
+    for states, table in (([], served.table), (state, Table())):
         monkeypatch.setattr(served, "states", mock.AsyncMock(return_value=states))
-        assert {each["dtype"] for each in sent(api, "/v1/models").json()["data"]} == {dtype}
+        monkeypatch.setattr(served, "table", table)
+        models, health = sent(api, "/v1/models"), sent(api, "/healthz")
+        assert (models.status_code, models.headers["retry-after"], health.status_code) == (503, "1", 503)
+        assert "The server is starting" in models.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +255,7 @@ REFUSED = [
     (TEXT, dict(logit_bias={"hotswap": 1}), 400, r"logit_bias\.hotswap.*valid integer"),
     (TEXT, dict(logit_bias={"98": 1}), 400, r"doesn't have\.\n.*\[98\]\n.*from 0 to 97"),
     (TEXT, dict(echo=True, logprobs=0), 400, "An echo has no log probabilities"),
-    (CHATS, dict(messages=[CHAT], echo=True), 400, "echo' would change the answer"),
+    (CHATS, dict(messages=[CHAT], echo=True), 400, "echo' is not served"),
     (TEXT, dict(seed=2**64), 400, "seed: Input should be less"),
     (TEXT, dict(max_tokens=0), 400, "max_tokens: Input should be greater"),
     (TEXT, dict(model="caesar+pig_latin+sort"), 400, "needs more rank"),
@@ -246,7 +265,7 @@ REFUSED = [
     (CHATS, dict(messages=[CHAT | {"content": "\ud800"}]), 400, "is not text|unicode string"),
     (CHATS, dict(messages=[CHAT | {"role": "\ud800"}]), 400, "is not text|unicode string"),
     (CHATS, dict(messages=[CHAT | {"content": PICTURE}]), 400, r"messages\.0\.content"),
-    *((TEXT, {field: some}, 400, f"{field}' would change the answer") for field, (_, some) in FIELDS.items()),
+    *((TEXT, {field: some}, 400, f"{field}' is not served") for field, (_, some) in FIELDS.items()),
     *((TEXT, b'{"model": "shout", "prompt": "p", "%s": %s}' % each, 400, "Input should be") for each in NO_NUMBERS),
     *((TEXT, body, 413 if len(body) > 2**17 else 400, "") for body in (*BODIES, b'{"n": 1}')),
     ("/v1/nothing", None, 404, "Not Found"),
@@ -264,7 +283,7 @@ REFUSED = [
 def test_refused(served, api, path, body, status, text):
     before = served.table
     if path in (TEXT, CHATS) and isinstance(body, dict):
-        body = {"model": "shout", "prompt": "hotswap>", **body}
+        body = {"model": "shout", **({"prompt": "hotswap>"} if path == TEXT else {}), **body}
     answer = sent(api, path, body)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
@@ -283,7 +302,20 @@ def test_admin_calls_need_the_token(served, token, authorization):
 
 
 LONG = ["9" * 100_000, "shout:" + "9" * 100_000, "+" * 100_000, "shout+" * 9 + "shout", "shout:" + "0" * 999 + "1"]
+NO_TOKENS = ["1_0", " 5", "05", "+5", "-5", "５", "5.0", "9" * 5000]
 WEIGHTS = ["shout:1e30", "shout:-1", "shout:inf", "shout:nan", "shout:101", "shout:60+shout:60"]
+WEIGHTS += [
+    "shout:1_0",
+    "shout: 1",
+    "shout:1 ",
+    "shout:１",
+    "shout:٣",
+    "shout:0x1",
+    "shout:1e400",
+    "shout:-0",
+    "shout:.",
+]
+WEIGHTS += ["shout:Infinity", "shout:1e", "shout:1e1_0", "shout:1\n"]
 
 
 @pytest.mark.parametrize("model", [*LONG, *WEIGHTS, "nobody", "shout:x", "shout+", "+", "", "shout:1:2", "shout\n"])
@@ -298,6 +330,7 @@ def test_names_of_mixes(served):
     shares = lambda model: [*served.table.shares(model, "demo").values()]  # noqa: E731
     assert shares("+".join(list(FAMILY)[:8])) == [1] * 8
     assert [shares(model) for model in ("shout:1e-1", "shout:", "shout:0.5+shout:0.25")] == [[0.1], [1], [0.75]]
+    assert [shares(f"shout:{each}") for each in ("5", "5.", ".5", "007", "1E1")] == [[5], [5], [0.5], [7], [10]]
     for name in ("a" * 200, "org/adapter-v1.5", "été"):
         assert Version.of(name, FAMILY["shout"]).name == name
 
@@ -326,7 +359,7 @@ def test_bodies_are_limited_also_without_a_length(is_chunked):
 
 HOW = dict(stop=["a", "b"], seed=7, top_p=0.5, max_tokens=3, temperature=1.5, logprobs=2, user="me")
 HOW |= dict(frequency_penalty=-2, presence_penalty=0.5, logit_bias={"5": -100})
-#: fields that the client doesn't know, and one that nobody knows
+#: fields that the client doesn't know
 MORE = dict(top_k=7, min_p=0.5, repetition_penalty=1.5)
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]}, CHAT]
 
@@ -336,7 +369,7 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type":
     [
         (
             "completions",
-            HOW | dict(extra_body=MORE | {"nobody_knows": 1}),
+            HOW | dict(extra_body=MORE | {"nobody_knows": None}),
             HOW | MORE | dict(prompt="p", stop=("a", "b"), logit_bias={5: -100}),
         ),
         (
@@ -372,13 +405,112 @@ def test_a_misspelled_field_is_refused(field):
     assert not fake.requests
 
 
-def test_the_fields_of_other_servers_are_not_taken_for_misspelled_ones():
-    others = "user metadata store tool_choice reasoning_effort service_tier length_penalty prompt_logprobs priority"
-    others += " skip_special_tokens add_generation_prompt chat_template_kwargs max_new_tokens repeat_penalty top_a"
-    for kind in ("completions", "chat"):
-        asked_of(Fake(), kind, extra_body=dict.fromkeys(others.split(), 1))
+#: what OpenAI's and vLLM's schemas have besides the fields that are served, with a value that may change the answer
+MAY_CHANGE = dict(
+    audio={"voice": "ash"}, best_of=2, function_call={"name": "f"}, functions=[{"name": "f"}], verbosity="low"
+)
+MAY_CHANGE |= dict(modalities=["text", "audio"], moderation={"model": "m"}, reasoning_effort="low", suffix="x")
+MAY_CHANGE |= dict(response_format={"type": "json_object"}, tool_choice="required", tools=[{"type": "function"}])
+MAY_CHANGE |= dict(web_search_options={}, guided_choice=["a"], guided_regex="a", guided_json={}, guided_grammar="a")
+MAY_CHANGE |= dict(allowed_token_ids=[5], logits_processors=["a"], structural_tag="a", length_penalty=0.5)
+MAY_CHANGE |= dict(continue_final_message=True, add_generation_prompt=False, chat_template="a", documents=[{}])
+MAY_CHANGE |= dict(chat_template_kwargs={"enable_thinking": False}, truncate_prompt_tokens=5, prompt_embeds="a")
+MAY_CHANGE |= dict(include_stop_str_in_output=True, skip_special_tokens=False, prompt_logprobs=0, echo=True)
+MAY_CHANGE |= dict(use_beam_search=True, watermarking=True, stop_token_ids=[5], ignore_eos=True, min_tokens=1)
+MAY_CHANGE |= dict(spaces_between_special_tokens=False, truncation_side="left", logprob_token_ids=[5], bad_words=["a"])
+MAY_CHANGE |= dict(structured_outputs={}, thinking_token_budget=5, include_reasoning=False, media_io_kwargs={})
+MAY_CHANGE |= dict(mm_processor_kwargs={}, return_tokens_as_token_ids=True, return_token_ids=True, vllm_xargs={"a": 1})
+MAY_CHANGE |= dict(return_token_offsets=True, return_prompt_text=True, routed_experts_prompt_start=1)
+MAY_CHANGE |= dict(kv_transfer_params={}, ec_transfer_params={}, repetition_detection={}, return_mm_kwargs=False)
+#: of other servers, and of nobody
+MAY_CHANGE |= dict(max_new_tokens=5, repeat_penalty=2, top_a=1, nobody_knows=0)
+CHANGES_NOTHING = dict(user="me", metadata={"a": "b"}, store=True, service_tier="auto", safety_identifier="a")
+CHANGES_NOTHING |= dict(prompt_cache_key="a", prompt_cache_options={}, prompt_cache_retention="24h", priority=1)
+CHANGES_NOTHING |= dict(prediction={"type": "content", "content": "a"}, parallel_tool_calls=False, request_id="a")
+CHANGES_NOTHING |= dict(session_id="a", cache_salt="a", stream_interval=2)
+KINDS = [("completions", AskedText, completion_create_params), ("chat", AskedChat, chat.completion_create_params)]
+
+
+@pytest.mark.parametrize(("kind", "model", "params"), KINDS)
+def test_no_field_that_may_change_the_answer_is_dropped(kind, model, params):
+    """Each field of the client's own schema is served, ignored or refused, and this table knows which."""
+    fields = {
+        name for each in vars(params).values() for name in getattr(each, "__annotations__", ()) if "Base" in repr(each)
+    }
+    assert {"model", "seed", "stop"} < fields
+    assert fields <= model.model_fields.keys() | MAY_CHANGE.keys() | CHANGES_NOTHING.keys()
+    fake = Fake()
+    for name, value in {**MAY_CHANGE, "add_special_tokens": kind == "chat"}.items():
+        if name not in model.model_fields:
+            error = refusal_of(fake, kind, extra_body={name: value})
+            assert re.search(rf"The field '{name}' is not served(.|\n)*expected: null.*\n.*leave {name} out", error)
+    assert not fake.requests
+    asked_of(fake, kind, extra_body=dict.fromkeys(MAY_CHANGE.keys() - model.model_fields.keys()))
+    asked_of(fake, kind, extra_body=CHANGES_NOTHING | dict.fromkeys(["add_special_tokens"], kind == "completions"))
+    for name, values in NOTHING.items():
+        if name not in model.model_fields and "." not in name:
+            for value in values:
+                asked_of(fake, kind, extra_body={name: value})
+    assert len({repr(each) for each in fake.requests}) == 1
+
+
+#: what messages of OpenAI have besides a role and a content, and some that other servers know
+OF_MESSAGES = {
+    name
+    for each in vars(chat).values()
+    for name in getattr(each, "__annotations__", ())
+    if "MessageParam" in repr(each)
+}
+OF_MESSAGES |= {"prefix", "partial", "reasoning_content"}
+
+
+@pytest.mark.parametrize("name", sorted(OF_MESSAGES - {"role", "content", "refusal"}))
+def test_a_field_of_a_message_is_not_dropped(name):
+    assert {"name", "tool_calls", "tool_call_id", "function_call", "audio"} < OF_MESSAGES
+    how = dict(messages=[CHAT, CHAT | {name: "a"}, CHAT])
+    error = refusal_of(Fake(), "chat", **how)
+    assert f"messages.{name} = 'a'" in error
+
+
+def test_fields_of_objects_inside_a_request():
+    fake, text = Fake(), {"type": "text", "text": "p"}
+    echoed = ChatCompletionMessage(role="assistant", content="p", annotations=[]).model_dump() | {"tool_calls": []}
+    asked_of(fake, "chat", messages=[echoed, CHAT | {"content": [text | {"cache_control": {"type": "ephemeral"}}]}])
+    asked_of(fake, stream=True, stream_options={"include_usage": True, "include_obfuscation": False})
+    assert len(fake.requests) == 2
+    for kind, how in (
+        ("chat", dict(messages=[CHAT | {"content": [text | {"weight": 0}]}])),
+        ("completions", dict(stream=True, stream_options={"continuous_usage_stats": True})),
+    ):
+        error = refusal_of(fake, kind, **how)
+        assert re.search("'(messages.content.weight|stream_options.continuous_usage_stats)' is not served", error)
+
+
+#: what pydantic and Python would read as a number, or as true
+LAX = [
+    ("max_tokens", "1_0"),
+    ("max_tokens", "5"),
+    ("n", True),
+    ("logprobs", False),
+    ("temperature", "0.5"),
+    ("stream", 1),
+]
+LAX += [("temperature", True), ("seed", "7"), ("echo", "yes"), *(("logit_bias", {each: 1}) for each in NO_TOKENS)]
+
+
+@pytest.mark.parametrize(("name", "value"), LAX)
+def test_text_is_no_number(name, value):
+    fake = Fake()
+    with pytest.raises(openai.BadRequestError, match="Input should be a valid"):
+        asked_of(fake, extra_body={name: value})
+    assert not fake.requests
+
+
+def test_thousands_of_fields_take_no_time():
     start = time.perf_counter()
-    asked_of(Fake(), extra_body={f"temp{number}": 1 for number in range(4000)})
+    asked_of(Fake(), extra_body={f"temp{number}": None for number in range(4000)})
+    with pytest.raises(openai.BadRequestError):
+        asked_of(Fake(), extra_body={f"temp{number}": 1 for number in range(4000)})
     assert time.perf_counter() - start < 2
 
 
@@ -437,7 +569,7 @@ def test_logprobs_of_completions():
     (choice,) = asked_of(Fake(tokens=TOKENS), logprobs=2).choices
     assert choice.logprobs.tokens == ["h", "é"]
     assert choice.logprobs.token_logprobs == [-0.5, -0.25]
-    assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "y": -9999.0}]
+    assert choice.logprobs.top_logprobs == [{"h": -0.5, "x": -1.5}, {"é": -0.25, "token_id:5": -9999.0}]
     assert choice.logprobs.text_offset == [0, 1]
     assert asked_of(Fake()).choices[0].logprobs is None
 
@@ -449,6 +581,9 @@ class Spaced:
 
     def decode(self, tokens, **_):
         return b"".join(self.parts[each - 10] for each in tokens).decode(errors="replace").removeprefix(" ")
+
+    def convert_ids_to_tokens(self, token):
+        return "".join(map(bytes_to_unicode().get, self.parts[token - 10]))
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -496,6 +631,7 @@ def test_logprobs_of_chats(stream):
     assert (first.token, first.logprob, first.bytes) == ("h", -0.5, [104])
     assert [(each.token, each.logprob) for each in first.top_logprobs] == [("h", -0.5), ("x", -1.5)]
     assert (second.token, second.bytes, second.top_logprobs[1].logprob) == ("é", [195, 169], -9999.0)
+    assert second.top_logprobs[1].bytes is None  # a tokenizer doesn't show them
 
 
 # ---- for administrators

@@ -55,6 +55,10 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ({"rows": "eight"}, "rows='eight'"),
         ({"rows": 2.5}, r"rows=2\.5"),
         ({"rows": None}, "rows=None"),
+        *(
+            ({"rows": each}, "rows has an invalid")
+            for each in ("1_0", " 8", "８", "+8", "8.0", "true", True, "9" * 5000)
+        ),
         ({"queue": -1}, "queue=-1"),
         ({"replicas": "0"}, "replicas='0'"),
         ({"timeout": 0}, "timeout=0"),

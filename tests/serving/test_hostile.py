@@ -41,10 +41,12 @@ class Hostile:
         choose = self.random.choice
         if self.random.random() < 0.4:
             return choose(OTHERS)
-        asked = {"model": choose(MODELS), "prompt": "hotswap>", "messages": [{"role": "user", "content": "hotswap"}]}
+        path = choose([TEXT, CHATS])
+        said = {"prompt": "hotswap>"} if path == TEXT else {"messages": [{"role": "user", "content": "hotswap"}]}
+        asked = {"model": choose(MODELS), **said}
         for field in self.random.sample(FIELDS, choose([0, 1, 1, 2, 3])):
             asked[field] = choose([choose(VALUES), [choose(VALUES), choose(VALUES)], 1])
-        return choose([TEXT, CHATS]), asked
+        return path, asked
 
     async def send(self) -> None:
         """One request to the application itself. Some clients go away, and read no more, after so many messages."""

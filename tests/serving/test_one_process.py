@@ -8,15 +8,18 @@ import re
 import socket
 
 import pytest
+import served
 from both_kinds import BothKinds
 from lengths import long
 from replica_faults import ADAPTERS
 from running import one_process
 from served import FAMILY, SHORT
+from test_api import CHAT, CHATS, TEXT, sent
 
 from hotswap_lab import demo
 from hotswap_lab.__main__ import main
-from hotswap_lab.serving import BusyError, Request
+from hotswap_lab.serving import BusyError, Register, Request
+from hotswap_lab.serving.api import openai_api
 from hotswap_lab.serving.arguments import Arguments
 from hotswap_lab.serving.one_process import OneProcess
 from hotswap_lab.serving.replica import LateError
@@ -47,6 +50,21 @@ def test_before_the_start_all_is_refused(tmp_path):
 
     asyncio.run(ask_and_change())
     assert list(backend.table.versions) == list(FAMILY)
+
+
+def test_all_that_needs_the_model_starts_at_the_same_time(monkeypatch):
+    """The table is there before the model is."""
+    backend = OneProcess(Arguments.of({"rows": 2}))
+    api, asked = openai_api(backend, "demo"), {"model": "shout", "prompt": "hotswap>", "messages": [CHAT]}
+    calls = [("/healthz", None), ("/v1/models", None)]
+    calls += [
+        (path, {name: asked[name] for name in ("model", field)})
+        for path, field in ((TEXT, "prompt"), (CHATS, "messages"))
+    ]
+    asyncio.run(Register.change(backend, FAMILY))
+    assert [sent(api, *each).status_code for each in calls] == [503] * 4
+    monkeypatch.setattr(backend, "_started", served.replica_of(FAMILY))
+    assert [sent(api, *each).status_code for each in calls] == [200] * 4
 
 
 @pytest.mark.long

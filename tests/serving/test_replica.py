@@ -224,13 +224,13 @@ def test_log_probabilities_are_those_of_a_fresh_load(served):
     ids = demo.load_tokenizer()("hotswap>HOTSWAP!", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = fresh(FAMILY["shout"])(input_ids=ids).logits[0].log_softmax(-1)[7:]
-    assert [each.text for each in piece.tokens] == [*"HOTSWAP!", ""]
+    assert [each.name for each in piece.tokens] == [*"HOTSWAP!", ""]
     for each, row, token in zip(piece.tokens, expected, ids[0, 8:].tolist(), strict=False):
         assert each.logprob == pytest.approx(float(row[token]), abs=1e-3)
-        assert each.top[0] == (each.text, each.logprob)
-        assert each.top[1][1] == pytest.approx(float(row.topk(2).values[1]), abs=1e-3)
+        assert (each.top[0].name, each.top[0].logprob) == (each.name, each.logprob)
+        assert each.top[1].logprob == pytest.approx(float(row.topk(2).values[1]), abs=1e-3)
     streamed = asyncio.run(served.pieces("shout", "hotswap", logprobs=0, is_streamed=True))
-    assert [token.text for each in streamed for token in each.tokens] == [*"HOTSWAP!", ""]
+    assert [token.name for each in streamed for token in each.tokens] == [*"HOTSWAP!", ""]
 
 
 def test_requests_whose_clients_have_gone_do_not_wait(monkeypatch):
