@@ -89,7 +89,7 @@ def test_a_server_ends_whatever_its_clients_do(server):
     process, port, _ = server
     with half_a_body(port), answers_never_read(port):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM  # which a shell, and docs/use.md, call 143
+        assert process.wait(timeout=30) == -signal.SIGTERM  # which a shell, and docs/serving.md, call 143
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
