@@ -26,6 +26,9 @@ from torch import nn
 # A model card is no part of any test here, and PEFT takes longer to write one than for the rest of a small adapter.
 PeftModel.create_or_update_model_card = lambda model, output_dir: None
 
+#: random inputs for a model in float64
+randn = partial(torch.randn, dtype=torch.float64)
+
 #: all threads share one generator of random numbers: who sets its seed must be alone until all is drawn
 RANDOM = threading.RLock()
 
