@@ -114,7 +114,8 @@ bert = partial(_of_transformers, "Bert", "ForMaskedLM", **TINY, max_position_emb
 opt = partial(_of_transformers, "OPT", **TINY | OPT)
 qwen = partial(_of_transformers, "Qwen2", **FEW)
 #: a mixture of experts, which are parameters, not layers; LoRA goes on the attention
-mixtral = partial(_of_transformers, "Mixtral", **FEW, num_local_experts=4, num_experts_per_tok=2)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")  # others lack float64
+mixtral = partial(_of_transformers, "Mixtral", **FEW, **EXPERTS)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
