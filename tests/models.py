@@ -134,14 +134,13 @@ def in_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def converted(inputs: object, dtype: torch.dtype) -> object:
-    """The same inputs, whose numbers in float32 or float64 are of this dtype."""
+def converted(inputs: object, dtype: torch.dtype | None) -> object:
+    """The same inputs, whose fractions are of this dtype."""
     if isinstance(inputs, dict):
         return {key: converted(each, dtype) for key, each in inputs.items()}
     if isinstance(inputs, (list, tuple)):
         return type(inputs)(converted(each, dtype) for each in inputs)
-    is_real = isinstance(inputs, torch.Tensor) and inputs.dtype in (torch.float32, torch.float64)
-    return inputs.to(dtype) if is_real else inputs
+    return inputs.to(dtype) if dtype and torch.is_tensor(inputs) and inputs.is_floating_point() else inputs
 
 
 @dataclass(frozen=True)
@@ -151,15 +150,17 @@ class Kind:
     make_random: Callable[[], nn.Module]
     make_inputs: Callable[[], object]
     modules: tuple[str, ...]
-    #: float64 is for what is made in float32 alone; the rest stays as it is made
-    dtype: torch.dtype = field(default=torch.float64, kw_only=True)
+    #: float64 is for what is made in float32 alone; None leaves everything as it is made
+    dtype: torch.dtype | None = field(default=torch.float64, kw_only=True)
 
     def base(self) -> nn.Module:
         """A fresh base model; the same weights every time."""
         with RANDOM, torch.random.fork_rng():
             torch.manual_seed(0)
             model = self.make_random().eval()
-        return in_float64(model) if self.dtype == torch.float64 else model.to(self.dtype)
+        if self.dtype == torch.float64:
+            return in_float64(model)
+        return model.to(self.dtype) if self.dtype else model
 
     def inputs(self):
         with RANDOM, torch.random.fork_rng():
