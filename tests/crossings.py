@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import COPIES, Kind, Mlp, call, copied, load, save_random_adapter
-from oracle import active, assert_equals
+from models import COPIES, Kind, Mlp, call, converted, copied, load, save_random_adapter
+from oracle import active, assert_equals, rounding
 from peft import LoHaConfig, get_peft_model
 from row_truth import Truth, assert_close
 
@@ -64,10 +64,11 @@ def save(method: str, folder: Path, seed: int, r: int, lora_alpha: int, target_m
         is_dora = method == "DoRA"  # whose magnitudes leave less to the weights
         own = dict(r=r, lora_alpha=lora_alpha * (5 if is_dora else 1), target_modules=targets, use_dora=is_dora)
         return save_random_adapter(KIND, folder, seed, **own, **lora)
-    model = get_peft_model(KIND.base(), LoHaConfig(r=r, alpha=lora_alpha, target_modules=targets))
+    # PEFT rounds its scaling to float32
+    model = get_peft_model(KIND.base(), LoHaConfig(r=r, alpha=r * max(1, lora_alpha // r), target_modules=targets))
     generator = torch.Generator().manual_seed(seed)
     for parameter in filter(lambda each: each.requires_grad, model.parameters()):
-        parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return str(folder)
 
@@ -76,14 +77,14 @@ class World:
     """Adapters of one method in one precision: their folders, fresh loads, and files that are compiled ahead."""
 
     def __init__(self, folder: Path, features: Sequence[str]):
-        dtype, self.folder = torch.bfloat16 if "half" in features else torch.float32, folder
-        self.options = dict(autocast_adapter_dtype=False) if "half" in features else {}
-        self.tolerance = 0.02 if "half" in features else 1e-5
+        is_half, self.folder = "half" in features, folder
+        self.options = dict(autocast_adapter_dtype=False) if is_half else {}
         method = next((each for each in METHODS if each in features), "")
-        self.inputs = {name: each.to(dtype) for name, each in KIND.inputs().items()}
-        self.kind = replace(KIND, make_random=lambda: Shifted().to(dtype), make_inputs=lambda: self.inputs)
+        self.inputs = converted(KIND.inputs(), torch.bfloat16) if is_half else KIND.inputs()
+        self.kind = replace(KIND, make_inputs=lambda: self.inputs, dtype=torch.bfloat16 if is_half else torch.float64)
         self.folders = {name: save(method, folder / name, n, **each) for n, (name, each) in enumerate(FAMILY.items())}
         self.truth = Truth(self.kind, self.folders, self.inputs, **self.options)
+        self.tolerance = max(rounding(self.load(name), self.inputs) for name in FAMILY)
         outputs = [self.truth.base, *map(self.truth.of, self.folders)]
         for number, one in enumerate(outputs):
             for other in outputs[:number]:

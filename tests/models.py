@@ -2,6 +2,9 @@
 
 LoRA starts with B = 0, so an adapter fresh from PEFT changes nothing and any swap of it would look right.
 Every adapter made here has random, non-zero weights of a size that changes the outputs visibly.
+
+Models are made in float64, before an adapter is loaded, unless they have half precision or are quantized: what float32
+rounds depends on the processor, and hides small mistakes. No weight is a number of float32.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +25,9 @@ from torch import nn
 
 # A model card is no part of any test here, and PEFT takes longer to write one than for the rest of a small adapter.
 PeftModel.create_or_update_model_card = lambda model, output_dir: None
+
+#: random inputs for a model in float64
+randn = partial(torch.randn, dtype=torch.float64)
 
 #: all threads share one generator of random numbers: who sets its seed must be alone until all is drawn
 RANDOM = threading.RLock()
@@ -108,7 +114,33 @@ bert = partial(_of_transformers, "Bert", "ForMaskedLM", **TINY, max_position_emb
 opt = partial(_of_transformers, "OPT", **TINY | OPT)
 qwen = partial(_of_transformers, "Qwen2", **FEW)
 #: a mixture of experts, which are parameters, not layers; LoRA goes on the attention
-mixtral = partial(_of_transformers, "Mixtral", **FEW, num_local_experts=4, num_experts_per_tok=2)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")  # others lack float64
+mixtral = partial(_of_transformers, "Mixtral", **FEW, **EXPERTS)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The same model in float64, if all of it is in float32. No weight but zero can be rounded to float32 unnoticed."""
+    if any(each.dtype != torch.float32 for each in model.parameters() if each.is_floating_point()):
+        return model
+    model.double()
+    for each in model.parameters():
+        each.data *= 1 + 2**-30
+    for path, module in [*model.named_modules()]:
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            # transformers' own computes in float32 whatever the model has
+            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon).train(module.training)
+            norm.weight = module.weight
+            model.set_submodule(path, norm)
+    return model
+
+
+def converted(inputs: object, dtype: torch.dtype | None) -> object:
+    """The same inputs, whose fractions are of this dtype."""
+    if isinstance(inputs, dict):
+        return {key: converted(each, dtype) for key, each in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(converted(each, dtype) for each in inputs)
+    return inputs.to(dtype) if dtype and torch.is_tensor(inputs) and inputs.is_floating_point() else inputs
 
 
 @dataclass(frozen=True)
@@ -118,17 +150,22 @@ class Kind:
     make_random: Callable[[], nn.Module]
     make_inputs: Callable[[], object]
     modules: tuple[str, ...]
+    #: float64 is for what is made in float32 alone; None leaves everything as it is made
+    dtype: torch.dtype | None = field(default=torch.float64, kw_only=True)
 
     def base(self) -> nn.Module:
         """A fresh base model; the same weights every time."""
         with RANDOM, torch.random.fork_rng():
             torch.manual_seed(0)
-            return self.make_random().eval()
+            model = self.make_random().eval()
+        if self.dtype == torch.float64:
+            return in_float64(model)
+        return model.to(self.dtype) if self.dtype else model
 
     def inputs(self):
         with RANDOM, torch.random.fork_rng():
             torch.manual_seed(1)
-            return self.make_inputs()
+            return converted(self.make_inputs(), self.dtype)
 
 
 def _ids():
@@ -180,7 +217,7 @@ def randomize(model: nn.Module, adapter_name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name and adapter_name in name.split("."):
-            value = torch.randn(parameter.shape, generator=generator) * 0.3
+            value = torch.randn(parameter.shape, generator=generator).double() * 0.3
             parameter.data.copy_(value)
 
 

@@ -22,8 +22,8 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, not_compiled, prepared
 from lengths import few_of, long
-from models import KINDS, Kind, answer, call, gpt2, load, save_family, save_random_adapter
-from oracle import untouched
+from models import KINDS, Kind, answer, call, gpt2, load, randn, save_family, save_random_adapter
+from oracle import assert_close, rounding, untouched
 from refusals import refused
 from row_truth import family
 from torch import nn
@@ -50,7 +50,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def inputs_of(kind: str, rows: int = 2, tokens: int = 9) -> dict:
-    return ids(rows, tokens) if kind == "llama" else dict(x=torch.randn(rows, 12))
+    return ids(rows, tokens) if kind == "llama" else dict(x=randn(rows, 12))
 
 
 @pytest.fixture(scope="module", params=("linear", "llama"))
@@ -73,7 +73,7 @@ def assert_reached(ahead, model, fresh, *inputs: dict) -> None:
         with fresh.disable_adapter():
             change = (call(fresh, each) - expected).abs().max()
         assert change > 1e-3
-        torch.testing.assert_close(answer(ahead, each), expected, rtol=1e-4, atol=1e-5)
+        assert_close(answer(ahead, each), expected)
 
 
 def swap_in_turn(kind: str, package: str, folders: list[str], swaps: int) -> None:
@@ -149,9 +149,9 @@ def test_conditions_on_sizes(tmp_path, which):
     ahead = bind(file_of(model, tmp_path, **options), model)
     answers = {"right": 0, "refused": 0}
     for rows, length in itertools.product(range(2, 6), range(5, 14)):
-        x = torch.randn(rows, length, 12)
+        x = randn(rows, length, 12)
         try:
-            torch.testing.assert_close(ahead(x), call(model, x))
+            assert_close(ahead(x), call(model, x))
             answers["right"] += 1
         except HotswapError:
             answers["refused"] += 1
@@ -167,7 +167,7 @@ def test_convolutions(tmp_path):
     before = ahead(x)
     new = save_random_adapter(kind, tmp_path / "new", seed=5, r=8)
     hotswap_adapter(model, new, "default")
-    torch.testing.assert_close(ahead(x), call(load(kind, new), x), atol=1e-5, rtol=0)
+    assert_close(ahead(x), call(load(kind, new), x))
     assert (ahead(x) - before).abs().max() > 0.01
 
 
@@ -178,11 +178,12 @@ def test_a_diffusion_model(tmp_path):
     pool = AdapterPool(digits.load("bold"), adapters={name: digits.path(name) for name in names}, progress=False)
     given = dict(sample=digits.noise(4)[:2], timestep=torch.tensor(500))
     ahead = aoti_load(aoti_compile(pool, tmp_path / "unet.pt2", kwargs=given, progress=False), pool)
-    expected = [digits.load(name)(**given).sample.detach() for name in names]
+    models = [digits.load(name) for name in names]
+    expected = [call(each, given) for each in models]
     assert (expected[0] - expected[1]).abs().max() > 0.01
-    for name, each in zip(names, expected, strict=True):
+    for name, model, each in zip(names, models, expected, strict=True):
         pool.swap(name)
-        torch.testing.assert_close(ahead(**given).sample, each, rtol=1e-4, atol=1e-5)
+        assert_close(ahead(**given).sample, each, rounding(model, given))
 
 
 class Pair(nn.Module):
@@ -198,23 +199,23 @@ class Pair(nn.Module):
 
 def test_sizes_that_depend_on_one_another(tmp_path):
     def given(first: int, second: int) -> dict:
-        return dict(x=torch.randn(first, 12), y=torch.randn(second, 12))
+        return dict(x=randn(first, 12), y=randn(second, 12))
 
     model = prepared(Kind(Pair, lambda: given(3, 6), ("first",)), tmp_path)
     shapes = {"x": {0: LENGTH}, "y": {0: 2 * LENGTH}}
     ahead = bind(file_of(model, tmp_path, kwargs=given(3, 6), dynamic_shapes=shapes), model)
     for inputs in (given(3, 6), given(5, 10)):
-        torch.testing.assert_close(ahead(**inputs), call(model, inputs))
+        assert_close(ahead(**inputs), call(model, inputs))
     refused("size|shape", lambda _: ahead(**given(3, 8)), model)
     refused("<= 9", lambda _: ahead(**given(10, 20)), model)
 
 
 def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
-    model, given = prepared(LINEAR, tmp_path), dict(x=torch.randn(2, 12))
+    model, given = prepared(LINEAR, tmp_path), dict(x=randn(2, 12))
     path = file_of(model, tmp_path, kwargs=given, dynamic_shapes={"x": {0: AUTO}}, progress=True)
     assert "x.shape[0] >= 2" in capsys.readouterr().out
     assert "can't be 1 later" in aoti_compile.__doc__
-    refused(r"x.shape\[0\] >= 2", lambda model: bind(path, model)(torch.randn(1, 12)), model)
+    refused(r"x.shape\[0\] >= 2", lambda model: bind(path, model)(randn(1, 12)), model)
 
 
 @pytest.mark.parametrize("repeated", [long(False), True])
@@ -235,7 +236,7 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
         actual = ahead(**ids(len(rows))).logits
         for name, given, row in zip(rows, ids(len(rows))["input_ids"], actual, strict=True):
             expected = call(load(kind, folders[name]), dict(input_ids=given[None]))[0]
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+            assert_close(row, expected)
     refused("not made of the rows", lambda _: ahead(**ids(3)), pool)
     refused("AdapterPool", lambda model: bind(path, model), load(kind, folders["a"]))
     two = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=2, base_weights={}, progress=False)
@@ -263,7 +264,7 @@ def test_reading_in_rows(tmp_path):
     parts = [[number + 1] * (1 + number) for number in range(3)]
     for _ in range(4):
         expected = plain.read(parts)
-        torch.testing.assert_close(compiled.read(parts), expected, rtol=1e-3, atol=1e-4)
+        assert_close(compiled.read(parts), expected)
         parts = [[token] for token in expected.argmax(-1).tolist()]
     tokens = torch.ones((2, 1), dtype=torch.long)
     refused("not made of the rows", lambda _: compiled.ahead[1](tokens, tokens), pool)
@@ -353,7 +354,7 @@ def test_small_tensors_are_read_from_memory(tmp_path):
     with torch.no_grad():
         model.get_base_model().last.base_layer.bias += 5  # of the base model, not of the adapter
     ahead = aoti_load(path, model)
-    torch.testing.assert_close(ahead(kind.inputs()), call(model, kind.inputs()))
+    assert_close(ahead(kind.inputs()), call(model, kind.inputs()))
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, prepared
 from lengths import few_of
-from models import KINDS, Kind, load, lora_layers, save_random_adapter
+from models import KINDS, Kind, load, lora_layers, randn, save_random_adapter
 from refusals import refused
 from torch import nn
 from torch.utils._sympy import functions
@@ -116,7 +116,7 @@ UNFIT = [
     (partial(prepared, LLAMA), dict(kwargs=dict(input_ids="text")), "can't be exported"),
     (
         partial(prepared, LINEAR),
-        dict(kwargs=dict(x=torch.randn(5, 12)), repeated_blocks=True),
+        dict(kwargs=dict(x=randn(5, 12)), repeated_blocks=True),
         "no layers that are known to be repeated",
     ),
 ]
@@ -161,7 +161,7 @@ OTHERS = {
     "another name": (lambda make: make("other"), "GraniteForCausalLM with other"),
     "other ranks": (lambda make: prepared_for(32, make()), OTHER_SHAPES),
     "a larger rank": (lambda make: make(rank=40), OTHER_SHAPES),
-    "another dtype": (lambda make: prepared_for(8, make().double()), "torch.float64"),
+    "another dtype": (lambda make: prepared_for(8, make().float()), "torch.float32"),
     "no adapter": (lambda make: LLAMA.base(), "no adapter"),
     "another number": (lambda make: with_norm(make(), variance_epsilon=0.1), "model.norm.variance_epsilon = 0.1"),
     "a class": (lambda make: with_norm(make(), kind=nn.Tanh), "model.norm.kind = Tanh"),
@@ -368,9 +368,9 @@ def test_a_forward_that_is_its_class_s(granites):
 def test_float64_that_is_rounded_on_the_way(tmp_path, monkeypatch):
     """As in norms that compute in float32; compiled code rounds otherwise."""
     kind = Kind(Rounded, lambda: torch.randn(3, 12), ("first",))
-    model = load(kind, save_random_adapter(kind, tmp_path / "adapter", 1)).double()
+    model = load(kind, save_random_adapter(kind, tmp_path / "adapter", 1))
     prepare(model, target_rank=8)
-    given = dict(x=torch.randn(3, 12, dtype=torch.float64))
+    given = dict(x=randn(3, 12))
     path = file_of(model, tmp_path, kwargs=given)
     monkeypatch.setattr(Rounded, "forward", lambda self, x: self.first(x).float().tanh().double())
     bind(path, model)
@@ -382,8 +382,8 @@ def test_float64_that_is_rounded_on_the_way(tmp_path, monkeypatch):
 UNLIKE = [
     (lambda y: (y, y), lambda y: (y, None), "a Tensor where the model has a NoneType"),
     (lambda y: (y, None), lambda y: (y, y), "a NoneType where the model has a Tensor"),
-    (lambda y: 0 * y, lambda y: 0 * y[:1], r"\[3, 12\] where the model has torch.float32 \[1, 12\]"),
-    (lambda y: y, lambda y: y.double(), r"torch.float32 \[3, 12\] where the model has torch.float64"),
+    (lambda y: 0 * y, lambda y: 0 * y[:1], r"\[3, 12\] where the model has torch.float64 \[1, 12\]"),
+    (lambda y: y, lambda y: y.float(), r"torch.float64 \[3, 12\] where the model has torch.float32"),
     (lambda y: torch.complex(y, y), lambda y: torch.complex(y, y) * (1 + 1e-6), None),
 ]
 
@@ -405,12 +405,13 @@ def test_what_a_forward_writes_to(tmp_path, monkeypatch):
     model = prepared(kind, tmp_path)
     model.get_base_model().register_buffer("calls", torch.zeros(()))
     path = file_of(model, tmp_path, kwargs=dict(x=kind.inputs()))
-    wide = torch.ones(1, 3, 24)[:, :, :12].as_strided((3, 12), (24, 1))
-    for given in (torch.ones(3, 12), torch.ones(12, 3).t(), wide):
+    ones = partial(torch.ones, dtype=torch.float64)
+    wide = ones(1, 3, 24)[:, :, :12].as_strided((3, 12), (24, 1))
+    for given in (ones(3, 12), ones(12, 3).t(), wide):
         bind(path, model)(given)
-        assert torch.equal(given, torch.full((3, 12), 0.5))
+        assert torch.equal(given, 0.5 * ones(3, 12))
     with pytest.raises(RuntimeError, match="single memory location"):
-        bind(path, model)(torch.ones(12).expand(3, 12))
+        bind(path, model)(ones(12).expand(3, 12))
     with torch.inference_mode():
         bind(path, model)
         model.get_base_model().calls = torch.zeros(())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lengths import few_of
 from models import KINDS, Kind, call, load, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors
+from oracle import assert_equals_fresh_load, assert_same_outputs, assert_same_tensors, rounding
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
@@ -85,13 +85,15 @@ class Base:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """Where sums may be of another length: in half precision one rounding is a visible part of an output."""
+        """Where sums may be of another length. What is quantized by a library has no copy in float64 to measure it."""
         is_half = self.kind.base().dtype.itemsize == 2
+        if self.layer == "Linear":
+            return {}
         return dict(tolerance=1e-2, margin=30) if is_half else dict(tolerance=1e-5, margin=1000)
 
 
 def make_kind(make: Callable[[], nn.Module]) -> Kind:
-    return Kind(make, lambda: {"input_ids": torch.randint(0, 64, (2, 9))}, LLAMA.modules)
+    return Kind(make, lambda: {"input_ids": torch.randint(0, 64, (2, 9))}, LLAMA.modules, dtype=None)
 
 
 UNCAST = dict(autocast_adapter_dtype=False)
@@ -111,13 +113,14 @@ def base(request) -> Base:
     return BASES[request.param]
 
 
+#: not large, which makes chaos of half precision
 #: from the first: the same rank, a higher and a lower one, fewer layers, and all of them again
 FAMILY = {
-    "first": dict(r=4, lora_alpha=16),
-    "same": dict(r=4, lora_alpha=12),
-    "grown": dict(r=8, lora_alpha=24, use_rslora=True),
-    "shrunk": dict(r=2, lora_alpha=6),
-    "fewer": dict(r=4, lora_alpha=24, target_modules=["q_proj", "up_proj", "down_proj"]),
+    "first": dict(r=4, lora_alpha=4),
+    "same": dict(r=4, lora_alpha=3),
+    "grown": dict(r=8, lora_alpha=6, use_rslora=True),
+    "shrunk": dict(r=2, lora_alpha=2),
+    "fewer": dict(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj", "down_proj"]),
 }
 ORDER = ("same", "grown", "shrunk", "fewer", "first")
 
@@ -190,12 +193,14 @@ def test_rows(base, family):
     pool = AdapterPool(model, adapters=family, rows=2)
     pool.assign(wanted)
     rows = call(model, base.kind.inputs())
-    fresh = [call(base.load(family[name]), base.kind.inputs()) for name in wanted]
+    models = [base.load(family[name]) for name in wanted]
+    fresh = [call(each, base.kind.inputs()) for each in models]
     # rounding comes in another order: half precision has it in every layer
-    tolerance = (0.03 if rows.dtype.itemsize == 2 else 1e-5) * fresh[0].abs().max()
+    tolerance = max(base.tolerance.get("tolerance") or rounding(each, base.kind.inputs()) for each in models)
+    tolerance *= fresh[0].abs().max()
     for row in range(2):
         assert (rows[row] - fresh[row][row]).abs().max() < tolerance
-        assert (rows[row] - fresh[1 - row][row]).abs().max() > 10 * tolerance
+        assert (rows[row] - fresh[1 - row][row]).abs().max() > 3 * tolerance
 
 
 # ---- weights that accelerate keeps elsewhere between calls

@@ -84,7 +84,7 @@ DAMAGES = {
     "frozen": lambda model: weight(model).requires_grad_(False),
     "a base weight that is trained": lambda model: first(model).base_layer.bias.requires_grad_(True),
     "a gradient": lambda model: setattr(weight(model), "grad", torch.zeros_like(weight(model))),
-    "the precision": lambda model: setattr(weight(model, name="other"), "data", weight(model, name="other").double()),
+    "the precision": lambda model: setattr(weight(model, name="other"), "data", weight(model, name="other").float()),
     "a device": lambda model: first(model).lora_A["other"].to("meta"),
     "a field of the config": lambda model: setattr(model.peft_config["default"], "exclude_modules", ["blocks.0"]),
     "a target in the config": lambda model: model.peft_config["default"].target_modules.discard("last"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -161,8 +162,14 @@ except TypeError:
     BROKEN = [CONFIGS.pop("PVeRA")[0].peft_type]
 
 
+#: for methods that PEFT lacks in float64
+SINGLE = dataclasses.replace(LLAMA, dtype=torch.float32)
+
+
 def kind_for(name: str) -> Kind:
     """The model that a method is tried on; some want more inputs."""
+    if name in ("VBLoRA", "PSOFT"):
+        return SINGLE
     if name not in ("Poly", "MultitaskPromptTuning"):
         return LLAMA
     tasks = dict(task_ids=torch.tensor([0, 1]))

@@ -182,7 +182,7 @@ def test_odd_base_weights(tmp_path):
     weights = weights_of(kind) | {"elsewhere": torch.ones(2), "packed": torch.zeros(2)}
     hotswap_adapter(model := load(kind, changed), first, base_weights=weights)
     assert_same_outputs(model, load(kind, first), kind)
-    assert torch.equal(model.get_base_model().packed.a, torch.ones(2))
+    assert torch.equal(model.get_base_model().packed.a, kind.base().packed.a)
     for rows in (1, 2):
         pool = AdapterPool(load(kind, changed), adapters={"a": first}, rows=rows, progress=False, base_weights=weights)
         pool.swap("a") if rows == 1 else pool.assign(["a", None])

@@ -31,7 +31,7 @@ HEAD = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"])
 def test_nothing_is_copied_and_nothing_stays(method_folders):
     """The base's parameters are the same objects in the same memory; what PEFT loaded beside them is gone."""
     old, new, *_ = method_folders("VBLoRA")
-    base = LLAMA.base()
+    base = METHODS["VBLoRA"][0].base()
     own = {name: (id(each), each.data_ptr()) for name, each in base.named_parameters()}
     model = PeftModel.from_pretrained(base, old).eval()
     flags = {name: each.requires_grad for name, each in model.named_parameters()}

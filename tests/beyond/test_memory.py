@@ -153,7 +153,7 @@ def transposed(model) -> None:
 
 def strided(model, start: int, pitch: int) -> None:
     """Views of one memory that meet: one has another pitch, or reaches around the end of the other's rows."""
-    memory = torch.zeros(300)
+    memory = torch.zeros(300, dtype=torch.float64)
     for block, where in zip(model.get_submodule("base_model.model.blocks"), ((48, 0), (pitch, start)), strict=True):
         weight = block.lora_A["default"].weight
         weight.data = memory.as_strided((4, 16), (where[0], 1), where[1]).copy_(weight.data)

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from adapters import ALL, CONFIGS, LLAMA, save_all, with_other_base_weights
+from adapters import ALL, CONFIGS, LLAMA, kind_for, save_all, with_other_base_weights
 from lengths import few_of, long
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
@@ -60,10 +60,11 @@ def test_saving_beside_trained_tokens_of_another_adapter(tmp_path, mine):
 def test_buffers_that_are_not_saved(tmp_path):
     """Also on layers where another adapter was and this one was not."""
     everywhere, _, few = CONFIGS["PSOFT"]
-    first, other, new = save_all(tmp_path, few, everywhere, everywhere)
-    model = _two(LLAMA, first, other)
+    kind = kind_for("PSOFT")
+    first, other, new = save_all(tmp_path, few, everywhere, everywhere, kind=kind)
+    model = _two(kind, first, other)
     hotswap_adapter(model, new, "default", add_layers=True)
-    assert_equals_fresh_load(model, LLAMA, new, margin=10)
+    assert_equals_fresh_load(model, kind, new, margin=10)
 
 
 @pytest.mark.skipif("Lily" not in CONFIGS, reason="this version of PEFT has no Lily")

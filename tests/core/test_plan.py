@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import warnings
@@ -209,9 +210,11 @@ def test_a_layer_that_is_off_does_not_say_how_weights_are_stored(tmp_path, targe
     assert_same_outputs(load(kind, new), model, kind)
 
 
+#: PiSSA is not for float64
+SINGLE = dataclasses.replace(LLAMA, dtype=torch.float32)
 LOADED = {
     "a base that was changed": (
-        lambda: get_peft_model(LLAMA.base(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")),
+        lambda: get_peft_model(SINGLE.base(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")),
         "The loaded adapter changes the base model's own weights",
     ),
     "another base": (
@@ -379,13 +382,15 @@ def test_what_is_saved_is_loaded_as_what_it_is(model, tmp_path, selection):
 def test_base_weights_of_higher_precision_that_are_the_models_own(tmp_path, dtype):
     """They are what the model has, rounded: nothing speaks against a swap to an adapter without them, and back."""
     half = Kind(lambda: LLAMA.make_random().to(dtype), LLAMA.make_inputs, LLAMA.modules)
-    embedded, plain = save_family(LLAMA, tmp_path, *(dict(target_modules=[*more, "q_proj"]) for more in (EMBED, ())))
+    embedded, plain = save_family(
+        LLAMA, tmp_path, *(dict(target_modules=[*more, "q_proj", "up_proj"]) for more in (EMBED, ()))
+    )
     model = load(half, plain)
     model.load_adapter(plain, "neighbor")  # whose base weights must stay as they are
     for folder in (embedded, plain, embedded):
         hotswap_adapter(model, folder, "default", add_layers=True)
         fresh = load(half, folder).requires_grad_(False)  # PEFT leaves an embedding that it converts trainable
-        assert_equals(model, fresh, half, margin=10)
+        assert_equals(model, fresh, half, margin=1)
 
 
 # ---- what a config says of layers

@@ -25,6 +25,7 @@ from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family, save_random_adapter
 from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from refusals import refused
 from safetensors.torch import save_file
 
@@ -359,7 +360,7 @@ def test_a_conversion_there_and_back_and_a_part_that_was_compiled_since(tmp_path
     late, every = save_family(LINEAR, tmp_path, dict(r=4, target_modules=["last"]), dict(r=4))
     model = load(LINEAR, late)
     pool = pool_of(model, {"late": late, "every": every})
-    model.to("cpu").float()
+    model.to("cpu").double()
     base = model.get_base_model()
     base.blocks[0] = torch.compile(base.blocks[0], backend="eager")
     for name, folder in (("every", every), ("late", late)):
@@ -368,14 +369,20 @@ def test_a_conversion_there_and_back_and_a_part_that_was_compiled_since(tmp_path
 
 
 def test_mixed_dtypes(sources):
-    model = load(LLAMA, sources["a"]).double()
-    for layer in lora_layers(model)[::2]:
-        layer.lora_A.float()
-        layer.lora_B.float()
+    every = [path for path, each in load(LLAMA, sources["a"]).named_modules() if isinstance(each, LoraLayer)]
+
+    def mixed(folder):
+        model = load(LLAMA, folder)
+        for path, module in model.named_modules():
+            if path.rpartition(".lora_")[0] in every[::2]:
+                module.float()
+        return model
+
+    model = mixed(sources["a"])
     pool = pool_of(model, sources)
     for name in ("b", "c", "a", "e"):
         pool.swap(name)
-        assert_same_outputs(model, load(LLAMA, sources[name]).double(), LLAMA)
+        assert_same_outputs(model, mixed(sources[name]), LLAMA)
     dtypes = {tensor.parameter.dtype for tensor in resolve_slot(model, "default").tensors}
     assert dtypes == {torch.float32, torch.float64}
 

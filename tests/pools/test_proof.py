@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lengths import long
-from models import KINDS, Kind, call, load, save_random_adapter
+from models import KINDS, Kind, call, load, randn, save_random_adapter
 from refusals import refused
 from row_truth import Truth, assert_close
 from torch import nn
@@ -153,7 +153,7 @@ def test_a_layer_whose_first_axis_is_not_the_batch_is_refused_by_its_name(tmp_pa
     pool, folders = pool_for(TURNED, tmp_path)
     pool.assign(["a", "b", None, "a"])
     refused("different adapters at last[.]", call, pool.model, TURNED.inputs())
-    refused("different adapters at last[.]", call, pool.model, torch.randn(4, 5, 6))
+    refused("different adapters at last[.]", call, pool.model, randn(4, 5, 6))
     # where all rows are equal, nothing can be mixed up
     for equal in (lambda: pool.assign(["b"] * 4), lambda: pool.swap("b")):
         equal()
@@ -223,7 +223,7 @@ def test_rows_that_are_sorted_by_length(tmp_path, form, sign, equal):
     kind = Kind(lambda: Sorting(sign), lambda: torch.randn(2, 3, 6), ("first", "last"))
     pool, folders = pool_for(kind, tmp_path, rows=2)
     pool.assign(["a", "b"])
-    x = torch.randn(2, 3, 6)
+    x = randn(2, 3, 6)
     fresh = [load(kind, folder) for folder in folders.values()]
     with torch.no_grad():
         for lengths, is_right in (([equal] * 2, True), ([1, 3], sign > 0), ([3, 1], sign < 0), ([equal] * 2, True)):
@@ -245,9 +245,10 @@ def test_rows_that_say_the_same_prove_nothing_for_others(tmp_path):
 @pytest.mark.parametrize("blind", [True, False])
 def test_images_that_feed_a_layer_are_proven_in_each_batch(tmp_path, blind):
     """How many of them a row has may differ from batch to batch."""
-    given = {"input_ids": torch.arange(12).view(4, 3) % 9, "pixel_values": torch.randn(4, 1, 3, 6)}
+    given = {"input_ids": torch.arange(12).view(4, 3) % 9, "pixel_values": randn(4, 1, 3, 6)}
     kind = Kind(lambda: Seeing(blind), lambda: given, ("first", "last"))
     pool, folders = pool_for(kind, tmp_path)
+    given = kind.inputs()
     truth, wanted, calls = Truth(kind, folders, given), ["a", "b", None, "a"], calls_of(pool.model)
     pool.assign(wanted)
     proof = 2 + 2 + 1  # two references, two bits for four rows, and once more with other tokens
@@ -297,20 +298,20 @@ def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
     pool, folders = pool_for(FLAT, tmp_path, rows=4)
     compute = ways(pool.model)
     for tokens, wanted in ((4, ["a", "b", None, {"a": 0.5}]), (6, ["a", None, "b", "b"])):
-        truth = Truth(FLAT, folders, torch.randn(4, tokens, 6))
+        truth = Truth(FLAT, folders, randn(4, tokens, 6))
         pool.assign(wanted)
         truth.check(call(compute, truth.inputs), wanted)
         refused(r"a batch of 2(.|\n)*4 rows", call, compute, truth.inputs[:2])
-    refused(r"a batch of 1(.|\n)*4 rows", call, compute, torch.randn(1, 4, 6))
+    refused(r"a batch of 1(.|\n)*4 rows", call, compute, randn(1, 4, 6))
     pool.assign(["b"])
     assert_close(call(compute, truth.inputs[:1]), call(load(FLAT, folders["b"]), truth.inputs[:1]))
 
 
 def test_only_outputs_with_a_number_for_each_row_are_compared(tmp_path):
-    given = {"x": torch.randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are no lengths of rows
+    given = {"x": randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are no lengths of rows
     kind = Kind(Telling, lambda: given, ("first", "last"))
     pool, folders = pool_for(kind, tmp_path)
-    truth, wanted = Truth(kind, folders, given), ["a", "b", None, "a"]
+    truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
     pool.assign(wanted)
     truth.check(call(pool.model, truth.inputs), wanted)
 
@@ -347,7 +348,7 @@ def test_a_part_of_the_model_that_is_called_by_itself(tmp_path, ways):
     def part(model):
         return lambda x: model.get_base_model().model.layers[0].mlp(x)
 
-    mine, hidden = ways(part(pool.model)), torch.randn(4, 5, 16)
+    mine, hidden = ways(part(pool.model)), randn(4, 5, 16)
     with torch.no_grad():
         assert_close(mine(hidden), part(fresh)(hidden))  # where all rows are equal, it needs no proof
         pool.assign(["a", "b", None, "a"])

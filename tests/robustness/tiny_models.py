@@ -29,15 +29,6 @@ class Architecture(Kind):
     saved: str = ""
     #: ways to generate
     ways: tuple[str, ...] = ()
-    dtype: torch.dtype = torch.float64
-
-    def base(self) -> nn.Module:
-        return super().base().to(self.dtype)
-
-    def inputs(self) -> dict:
-        return {
-            key: each.to(self.dtype) if each.is_floating_point() else each for key, each in super().inputs().items()
-        }
 
     def of(self, rows: int, tokens: int) -> Architecture:
         return replace(self, make_inputs=partial(batch, self.takes, rows, tokens))
