@@ -80,7 +80,7 @@ DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVaria
 MAGNITUDE = "lora_magnitude_vector"
 
 
-class Offable:
+class _Offable:
     """A mixin for a variant of DoRA, which computes the same as the base layer where the magnitude is zero.
 
     DoRA gives its magnitude to the weights as their norms. The norms of the base weights would mean "no adapter here",
@@ -97,9 +97,9 @@ class Offable:
 
 
 @functools.cache
-def offable(original: type) -> Offable:
+def offable(original: type) -> Any:
     """A variant of DoRA that can be off; all layers share it, since a variant has no state."""
-    return type(original.__name__, (Offable, original), {"hotswap_original": original})()
+    return type(original.__name__, (_Offable, original), {"hotswap_original": original})()
 
 
 def zero_magnitudes(tensors: Mapping[str, torch.Tensor]) -> Iterator[Refusal]:

@@ -170,7 +170,7 @@ class Column:
                 self.watch.call(label, self._call)
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
         if self.watch.runs == earlier is not None:  # no graph ran, as with the stance "force_eager"
-            self.ran = False
+            self.ran: bool = False
             return
         self.ran = True
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
