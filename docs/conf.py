@@ -37,8 +37,8 @@ OTHERS = """
     serving.table.UnknownAdapterError watch.Call watch.Compilation widgets.results.Run
     widgets.text.text_stream
 """
-#: parts of core, which notebooks/engine.ipynb explains
-INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|settings|slot|tensors)\..*|(watch|threads)\.T|.*\.P_co)"
+#: parts of core, which notebooks/engine.ipynb explains, and private names
+INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|settings|slot|tensors)\..*|.*\.(T|P_co|_\w+))"
 #: parts that are alive without a kernel, by their folders, and the chapters that begin with them
 PARTS = {"halfway": "00 01 02 03", "alive": "00"}
 SUMMARY = ".. autosummary::\n   :nosignatures:"
