@@ -7,11 +7,23 @@ import random
 import tempfile
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from models import KINDS, load, save_random_adapter
-from oracle import assert_equals, assert_same_files, assert_untouched, nothing_else_changes, snapshot, untouched
+from models import ARCHITECTURES, KINDS, call, load, lora_layers, save_random_adapter
+from oracle import (
+    TOLERANCE,
+    VISIBLE,
+    assert_equals,
+    assert_same_files,
+    assert_same_outputs,
+    assert_untouched,
+    nothing_else_changes,
+    rounding,
+    snapshot,
+    untouched,
+)
 from torch import nn
 
 from hotswap_lab import AdapterPool
@@ -54,6 +66,12 @@ def weight(model, table: str = "lora_A", name: str = "default") -> nn.Parameter:
     return getattr(first(model), table)[name].weight
 
 
+def scale(model, factor: float) -> None:
+    """All of the adapter's scalings, and nothing else."""
+    for layer in lora_layers(model):
+        layer.scaling["default"] *= factor
+
+
 def reorder(table: dict) -> None:
     """Puts the first entry behind the others."""
     key = next(iter(table))
@@ -61,10 +79,12 @@ def reorder(table: dict) -> None:
 
 
 DAMAGES = {
-    "a weight, by the last bit": lambda model: weight(model).data[0, 0].mul_(1 + 2**-22),
+    "a weight, by the last bit": lambda model: weight(model).data[0, 0].mul_(1 + 2**-51),
+    "a weight that float32 rounded": lambda model: weight(model).data.copy_(weight(model).data.float()),
     "a base weight": lambda model: first(model).base_layer.weight.data[0, 0].add_(1e-6),
     "a weight of the neighbor": lambda model: weight(model, name="other").data[0, 0].add_(1e-6),
     "the scaling": lambda model: first(model).scaling.update(default=2.0001),
+    "the scaling, by the last bit": lambda model: scale(model, 1 + 2**-51),
     "the scaling of the neighbor": lambda model: first(model).scaling.update(other=1.5),
     "the rank that is said": lambda model: first(model).r.update(default=5),
     "the alpha that is said": lambda model: first(model).lora_alpha.update(default=5),
@@ -129,6 +149,57 @@ def test_a_damage_is_noticed(both, damage):
         assert_equals(*both, KIND)
     with pytest.raises(AssertionError):
         assert_untouched(both[0], before)
+
+
+#: what must be seen in the outputs alone, where no table is compared; 1e-5 would hide all of them
+SMALL = {
+    "a scaling": lambda model: first(model).scaling.update(default=first(model).scaling["default"] * (1 + 1e-6)),
+    "all scalings": lambda model: scale(model, 1 + 1e-6),
+    "all scalings, by less than float32 has": lambda model: scale(model, 1 + 5e-8),
+    "one element of a weight": lambda model: largest(weight(model).data).mul_(1 + 1e-7),
+    "one element of a base weight": lambda model: largest(last(model).base_layer.weight.data).mul_(1 + 1e-7),
+    "a weight that float32 rounded": lambda model: weight(model).data.copy_(weight(model).data.float()),
+    "all that float32 rounded": lambda model: model.float().double(),
+    "a bias": lambda model: last(model).base_layer.bias.data.add_(1e-7),
+}
+
+
+def largest(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1)[tensor.abs().argmax()]
+
+
+@pytest.mark.parametrize("damage", SMALL)
+def test_a_small_mistake_is_noticed_in_outputs_alone(both, damage):
+    assert_same_outputs(*both, KIND)
+    SMALL[damage](both[0])
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_outputs(*both, KIND)
+    off = (call(both[0], KIND.inputs()) - call(both[1], KIND.inputs())).abs().max()
+    assert off < 1e-5 * call(both[1], KIND.inputs()).abs().max(), "it was never hidden"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_are_in_float64(name):
+    """All of a model, and its outputs; and no weight is one that float32 has, too, but zeros and ones."""
+    kind = ARCHITECTURES[name]
+    model = kind.base()
+    assert {each.dtype for each in (*model.parameters(), call(model, kind.inputs()))} == {torch.float64}
+    for each in model.parameters():
+        assert not (each[each != 0].float() == each[each != 0]).any()
+
+
+def test_what_may_be_rounded_is_measured(folders):
+    """In float32 a rounding of each weight is allowed, and a mistake that is visible is not."""
+    kind = replace(KIND, dtype=torch.float32)
+    assert rounding(load(KIND, folders[0]), KIND.inputs()) == TOLERANCE
+    model, fresh = (load(kind, folders[0]) for _ in range(2))
+    assert 1e-7 < rounding(fresh, kind.inputs()) < VISIBLE
+    assert_same_outputs(model, fresh, kind)
+    scale(model, 1 + 1e-4)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_outputs(model, fresh, kind)
+    half = replace(KIND, dtype=torch.bfloat16)
+    assert 1e-3 < rounding(load(half, folders[0]), half.inputs()) < 0.1
 
 
 @pytest.mark.parametrize("damage", ONLY_TOUCHED)
