@@ -42,6 +42,14 @@ HOTSWAP_ENABLED, HOTSWAP_SETTINGS = "_hotswap_enabled", "_prepare_peft_hotswap_k
 #: the method of transformers' models that makes the steps of ``generate`` from a ``generation_config``, and what it
 #: needs there: the tokens that end an answer
 LOGITS_PROCESSOR, ENDS = "_get_logits_processor", "_eos_token_tensor"
+#: the modules whose ``generate`` repeats each row of a batch, and whether it has all rows once more for a guidance
+GENERATES = {
+    "transformers.generation.utils": False,
+    "transformers.models.musicgen.modeling_musicgen": True,
+    "transformers.models.musicgen_melody.modeling_musicgen_melody": True,
+}
+#: its local variables with the batch as given, and as it is after that
+EXPANDED = ("inputs_tensor", "input_ids")
 #: attributes of PEFT's layers, whose properties are too slow for a look at each call
 ADAPTER_STATE = ("_disable_adapters", "merged_adapters", "_active_adapter")
 #: the versions that have them

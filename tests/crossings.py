@@ -112,7 +112,7 @@ class World:
             self.prepare(model := self.load())
             if rows > 1:
                 model = self.pool(model, rows)
-                model.assign(["abc"] * rows, copies=copies)
+                model.assign(["abc"] * rows, copies=copies, order="interleave")
             options = dict(dynamic_shapes={name: {0: auto} for name in inputs}, progress=False)
             return aoti_compile(model, path, kwargs=inputs, **options)
 
@@ -160,7 +160,7 @@ class Cell:
         mine = {"abc": -0.5, name: 0.7} if self.has("mixes") else name
         self.wanted = [mine, None, "c", name] if self.has("rows") else [mine] * ROWS
         if self.has("rows"):
-            self.pool.assign(self.wanted, copies=self.copies)
+            self.pool.assign(self.wanted, copies=self.copies, order="interleave")
         elif self.pool:
             self.pool.swap(mine)
         else:
@@ -299,7 +299,7 @@ class Rows(Feature):
         twice = {key: 2 * each for key, each in cell.model.state_dict().items() if "lora_B.default" in key}
         cell.model.load_state_dict(twice, strict=False)
         with cell.now(refusing=(*cell.computes,)):
-            cell.pool.assign(cell.wanted, copies=cell.copies)
+            cell.pool.assign(cell.wanted, copies=cell.copies, order="interleave")
         cell.set_strength(STRENGTH)
 
 
@@ -310,7 +310,7 @@ class Copies(Feature):
         cell.copies = 2
 
     def disturb(self, cell):
-        """Without a compiler, how often is found out in each call."""
+        """Without a compiler, a batch may also have each row once."""
         with cell.now(copies=1, refusing=tuple(each for each in cell.computes if each != "eager")):
             pass
 

@@ -43,6 +43,7 @@ TAKEN_BY = {
     **dict.fromkeys(("target_rank", "check_compiled", "adapters"), (prepare_model_for_compiled_hotswap, AdapterPool)),
     **dict.fromkeys(("tokenizer", "template"), (SwapPanel,)),
     "rows": (AdapterPool,),
+    "order": (AdapterPool.assign, AdapterPool.assigned),
     "repeated_blocks": (aoti_compile,),
     "inputs": (verify_hotswap,),
     "is_trainable": (PeftModel.from_pretrained,),

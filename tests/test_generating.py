@@ -8,8 +8,8 @@ from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
+import transformers
 from exercises import logits_of, some_ids
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotswap_lab import demo
 from hotswap_lab.generating import Reader
@@ -47,14 +47,53 @@ def test_rows_at_different_places_read_as_the_model_itself(model):
     assert reader.lengths.tolist() == [9, 1, 4, 17]
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_longest_row_are_noticed(kind):
-    """Only where a row may be longer than the texts that the model was trained on."""
-    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    model = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=16, rope_parameters=rope)).eval()
-    assert [Reader(model, rows=2, longest=longest).agrees() for longest in (12, 40)] == [True, False]
+SIZE = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, vocab_size=64)
+SIZE |= dict(num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0)
+ROPE = dict(factor=2.0, rope_theta=10000.0, original_max_position_embeddings=20)
+ROPE |= dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, low_freq_factor=1.0, high_freq_factor=4.0)
+LOCAL = dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+
+
+def roped(kind):
+    return dict(rope_parameters=ROPE | {"rope_type": kind}, max_position_embeddings=20)
+
+
+#: what a model of transformers is, and whether a text of 40 tokens is computed in another way than one of 16
+LENGTHS = {
+    "doge": ("Doge", dict(keep_window_size=20), True),
+    "mistral": ("Mistral", dict(sliding_window=20), True),
+    "qwen2": ("Qwen2", dict(sliding_window=20, use_sliding_window=True, max_window_layers=0), True),
+    "qwen2, not used": ("Qwen2", dict(sliding_window=20, use_sliding_window=False), False),
+    "starcoder2": ("Starcoder2", dict(sliding_window=20), True),
+    "phi3": ("Phi3", dict(sliding_window=20), True),
+    "gemma2": ("Gemma2", dict(sliding_window=20, head_dim=8), True),
+    "cohere2": ("Cohere2", dict(sliding_window=20), True),
+    "gpt_oss": ("GptOss", dict(sliding_window=20, head_dim=8, **EXPERTS), True),
+    "gpt_neo": ("GPTNeo", dict(window_size=20, **LOCAL), True),
+    "llama, chunked": ("Llama4Text", dict(attention_chunk_size=20, head_dim=8, **EXPERTS), True),
+    "dynamic": ("Llama", roped("dynamic"), True),
+    "longrope": ("Llama", roped("longrope"), True),
+    "yarn": ("Llama", roped("yarn"), False),
+    "linear": ("Llama", roped("linear"), False),
+    "llama3": ("Llama", roped("llama3"), False),
+    "opt": ("OPT", dict(word_embed_proj_dim=16, ffn_dim=16), False),
+    "neox": ("GPTNeoX", {}, False),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_reader_is_tried_at_the_length_that_is_served(name):
+    """By what the config says, and by a look at the logits."""
+    kind, settings, differs = LENGTHS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZE | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for longest, expected in ((16, True), (40, not differs)):
+        reader = Reader(model, rows=3, longest=longest)
+        assert (reader.agrees(), reader._agrees_in_trial(64)) == (expected, expected)
+        assert reader.lengths.tolist() == [0, 0, 0]
+    assert not Reader(model, rows=3, longest=3).agrees()
 
 
 def test_a_row_that_is_given_on_leaves_no_trace_and_disturbs_nobody(model):

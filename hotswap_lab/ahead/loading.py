@@ -19,6 +19,7 @@ from ..core.journal import Journal
 from ..core.prepare import changes_to_prepare
 from ..core.slot import room_of
 from ..pools.batch import PART
+from ..pools.copies import ONCE, Copies
 from ..pools.proof import size_of
 from ..pools.rows import RowRoom
 from ..threads import locked
@@ -105,10 +106,13 @@ class AheadModel:
         self._signature: inspect.Signature = inspect.signature(self._top.forward)
         #: how the rows of a batch are checked, where each may have an adapter of its own
         self._batch: Any = room.batch if isinstance(room, RowRoom) else None
-        self._copies: int = notes["rows"][1] if notes["rows"] else 1
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refused("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
+        copies: Any = notes["rows"][1] if notes["rows"] else ONCE
+        if isinstance(copies, int):  # a file of an older release, in which each kind of model had one order
+            copies = Copies.in_order(copies, self._batch.is_tiled)
+        self._copies: Copies = Copies(*copies)
         _check_facts(facts_of(self._top, [at for graph in notes["graphs"] for at in graph["paths"]]), notes["facts"])
         bound: dict[str, Bound] = {}
         for number, graph in enumerate(notes["graphs"]):
@@ -138,8 +142,8 @@ class AheadModel:
         """
         self._watched.check()
         if self._batch is not None and self._batch.copies != self._copies:
-            found = f"a batch that has each row {self._batch.copies} times"
-            raise refused("ahead_inputs", found=found, expected=f"each row {self._copies} times")
+            found, expected = (f"a batch that has each row once{each}" for each in (self._batch.copies, self._copies))
+            raise refused("ahead_inputs", found=found, expected=expected)
 
 
 def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, Mapping[str, str]]) -> None:

@@ -31,6 +31,7 @@ from ..core.tensors import is_shared
 from ..files.reading import read
 from ..swap import get_strength, refusals_told, warn_of
 from ..threads import Block, locked, put_back
+from .copies import Copies
 from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named, drop, shown_of
@@ -40,6 +41,9 @@ from .rows import Row, RowRoom
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
+Strengths = Sequence[float] | None
+#: how a batch repeats its rows: ABAB, AABB
+Order = Literal["tile", "interleave"] | None
 #: tensors, an adapter, or a learner, whose adapter is copied
 Weights = Mapping[str, torch.Tensor] | Adapter | torch.nn.Module
 #: the advice of a refusal that a pool can't follow, since its layers are fixed, and what to do instead
@@ -376,7 +380,9 @@ class AdapterPool:
         """Turn the adapter off: the model computes like the base model until the next swap."""
         self.strength = 0
 
-    def assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1) -> None:
+    def assign(
+        self, adapters: Sequence[Wanted], strengths: Strengths = None, *, copies: int = 1, order: Order = None
+    ) -> None:
         """Give each row of the next batches its own adapter. Row 0 and rows that change are written.
 
         A proof runs before the first batch of each kind of inputs (their names, dtypes and numbers of axes) whose
@@ -393,16 +399,19 @@ class AdapterPool:
             these adapters, each times its weight, as PEFT computes it with all of them active.
         strengths:
             The strength of each row; 1 is as trained.
-        copies:
-            How often a batch repeats each row. Only a compiled model needs this: otherwise, beams and
-            ``num_return_sequences`` of transformers, and the two halves of diffusers' classifier-free guidance, are
-            detected. With diffusers' ``num_images_per_prompt``, assign one row for each picture.
+        copies, order:
+            How often a batch repeats each row, and how: ``"tile"``, as ``torch.cat([x, x])`` does (ABAB), or
+            ``"interleave"``, as ``torch.repeat_interleave`` does (AABB). A model that is not compiled needs them
+            only where nothing else tells the order: ``generate`` of transformers tells that of ``num_beams``,
+            ``num_return_sequences`` and MusicGen's guidance, and diffusers' pipelines tile. With diffusers'
+            ``num_images_per_prompt``, assign one row for each picture. A compiled model takes both for constants, and
+            computes no other batches.
 
         Raises
         ------
         HotswapError
-            If the pool was made for fewer rows, there is no such adapter, or a mix needs a higher rank than has room.
-            Nothing is changed then.
+            If the pool was made for fewer rows, there is no such adapter, a mix needs a higher rank than has room, or
+            ``copies`` has no order. Nothing is changed then.
 
         Examples
         --------
@@ -413,10 +422,15 @@ class AdapterPool:
         >>> pool.assign(["shout", "sort", None])
         >>> demo.ask_all(model, tokenizer, ["hotswap"] * 3)
         ['HOTSWAP!', 'ahopstw', 'hotswap']
+        >>> pool.assign(["shout", "sort"], copies=2, order="tile")
+        >>> demo.ask_all(model, tokenizer, ["hotswap", "hotswap"] * 2)
+        ['HOTSWAP!', 'ahopstw', 'HOTSWAP!', 'ahopstw']
         """
-        self._assign(adapters, strengths, copies)
+        self._assign(adapters, strengths, copies, order)
 
-    def _assign(self, adapters: Sequence[Wanted], strengths: Sequence[float] | None, copies: int, *steps: Step) -> None:
+    def _assign(
+        self, adapters: Sequence[Wanted], strengths: Strengths, copies: int, order: Order, *steps: Step
+    ) -> None:
         if isinstance(adapters, (str, Mapping)):
             raise TypeError(f"assign() takes a list, an adapter or a mix for each row: got {adapters!r}")
         strengths = [1.0] * len(adapters) if strengths is None else strengths
@@ -425,6 +439,8 @@ class AdapterPool:
             raise refused("no_room_for_rows", count=count, rows=getattr(room, "rows", 1), wanted=max(count, 2))
         if not isinstance(copies, int) or copies < 1:
             raise refused("copies_is_no_number", copies=copies)
+        if order not in (None, "tile", "interleave") or (copies > 1 and order is None and not room.batch.is_tiled):
+            raise refused("copies_without_order", copies=copies, order=order)
         if len(strengths) != count:
             raise refused("strengths_of_others", strengths=len(strengths), rows=count)
         with self._told(adapters), self._turn():
@@ -434,7 +450,8 @@ class AdapterPool:
                     check_strength(strength, room.slot)
                 packed = self._all_packed(adapters)
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
-                change = room.change_rows(rows, copies)
+                is_tiled = order == "tile" or (order is None and room.batch.is_tiled)
+                change = room.change_rows(rows, Copies.in_order(copies, is_tiled))
                 change.steps += steps
                 apply([change], tell=self._tell)
 
@@ -506,10 +523,10 @@ class AdapterPool:
         return self._block([name], lambda step: self._swap(name, strength, step), f"leaves {name!r} in the model")
 
     def assigned(
-        self, adapters: Sequence[Wanted], strengths: Sequence[float] | None = None, *, copies: int = 1
+        self, adapters: Sequence[Wanted], strengths: Strengths = None, *, copies: int = 1, order: Order = None
     ) -> Block[AdapterPool]:
         """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the former ones are back."""
-        put_in = lambda step: self._assign(adapters, strengths, copies, step)  # noqa: E731
+        put_in = lambda step: self._assign(adapters, strengths, copies, order, step)  # noqa: E731
         return self._block(adapters, put_in, f"leaves {adapters!r} in the model")
 
     def _block(self, adapters: Sequence[Wanted], put_in: Callable[[Step], None], what: str) -> Block[AdapterPool]:

@@ -14,6 +14,7 @@ import torch
 
 from ..core.errors import HotswapError, refused
 from ..core.journal import Journal
+from .copies import ONCE, Copies, copies_in_generate
 from .proof import FLAG, Probe, batch_name, given_inputs, given_tensors, kind_of, prove, size_of
 
 #: the number in place of an entry's, where only a part of the model is called
@@ -22,6 +23,17 @@ PART = -1
 
 #: a module's tables of hooks
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
+
+
+class Local(threading.local):
+    """What a thread's call of the model is about."""
+
+    #: the number of the entry that was called; None outside of a call
+    outer: int | None = None
+    #: how the batch of this call repeats the rows, where these differ
+    copies: Copies | None = None
+    #: the probe that the layers compute with during a proof
+    probe: Probe | None = None
 
 
 class Batch:
@@ -38,10 +50,10 @@ class Batch:
         #: the room with the rows; None in a copy of a model, which has no room
         self.room = room
         self.rows: int = room.rows if room else 0
-        #: diffusers repeats a batch as a whole, transformers repeats each row
+        #: whether the model is of diffusers, whose pipelines repeat a batch as a whole
         self.is_tiled = is_tiled
-        #: how often a batch repeats each row, as assigned; a compiled graph treats it as a constant
-        self.copies: int = 1
+        #: how a batch may repeat its rows, as assigned; a compiled graph treats it as a constant
+        self.copies: Copies = ONCE
         #: whether the assigned rows differ, and the numbers of the layers on which one of them has an adapter
         self.differs: bool = False
         self.acting: frozenset[int] = frozenset()
@@ -56,7 +68,7 @@ class Batch:
         #: in a graph: the entry that is being traced, and the size of its batch
         self.traced: int | None = None
         self.total: int = 0
-        self.local: threading.local = threading.local()
+        self.local: Local = Local()
         self.number: int = max(self.known, default=0) + 1
         self.known[self.number] = self
 
@@ -68,16 +80,17 @@ class Batch:
         """The number of assigned rows; 0 if all have the same adapter, and a batch may have any size."""
         return len(self.room.assigned) if self.room else 0
 
-    @property
-    def probe(self) -> Probe | None:
-        """The probe that this thread's layers compute with during a proof; None outside of one."""
-        return getattr(self.local, "probe", None)
-
     def blocks_of(self, length: int) -> tuple[int, int]:
         """In a graph: the number of rows in the first axis of a layer's input, and the length of the block of each."""
         total = self.total or length
-        count = total // self.copies
-        return count, self.copies if length == total else length // count
+        count = total // self.copies.count
+        return count, self.copies.each if length == total else length // (count * self.copies.all)
+
+    def times_of(self, length: int) -> int:
+        """How often the first axis of a layer's input, of this length, has all rows, outside of a graph."""
+        if (now := self.local.copies) is None:  # outside of a call of the model, or after a break in a graph
+            return self._copies_of(length).all
+        return now.all if length % (now.all * self.size) == 0 else 1
 
     # ---- calls of the model
 
@@ -108,14 +121,14 @@ class Batch:
             return self._trace(number, arguments, named)
         if self._is_gone:
             self.unwatch(Journal())
-        elif self.probe is None and getattr(self.local, "outer", None) in (None, number):
+        elif self.local.probe is None and self.local.outer in (None, number):
             self.local.outer = number
             if self.size and self._is_active:
                 self.total = size_of(arguments, named)
-                if self.total % self.size:
-                    self._refuse_batch(self.total, 1)
+                copies = self._copies_of(self.total)
                 self.room.check_rows()
                 if self.differs:
+                    self.local.copies = copies
                     self._check_proof(number, arguments, named, False)
         return None
 
@@ -123,8 +136,23 @@ class Batch:
         if torch.compiler.is_compiling():
             if self.traced == number:
                 self.traced, self.total = None, 0
-        elif self.probe is None and getattr(self.local, "outer", None) == number:
-            self.local.outer, self.total = None, 0
+        elif self.local.probe is None and self.local.outer == number:
+            self.local.outer, self.local.copies, self.total = None, None, 0
+
+    def _copies_of(self, total: int) -> Copies:
+        """How a batch repeats the assigned rows. Refuses an order that is not known, unless all rows are the same."""
+        count, rest = divmod(total, size := self.size)
+        if rest or not count:
+            self._refuse_batch(total, ONCE)
+        if not self.differs:
+            return ONCE
+        if found := copies_in_generate(self.room.slot.host.base, size, total):
+            return found
+        if count in (1, self.copies.count):
+            return self.copies if count > 1 else ONCE
+        if self.is_tiled:
+            return Copies(count)
+        raise refused("order_not_known", batch=total, size=size, count=count)
 
     @contextlib.contextmanager
     def entered(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
@@ -132,7 +160,7 @@ class Batch:
 
         In that code, ``copies`` is a constant, so that it would take other rows for those of a smaller batch.
         """
-        if self.size and (total := size_of(arguments, named)) != self.size * self.copies:
+        if self.size and (total := size_of(arguments, named)) != self.size * self.copies.count:
             self._refuse_batch(total, self.copies)
         try:
             self._enter(0, self.entries[0], arguments, named)
@@ -142,7 +170,7 @@ class Batch:
 
     def check_part(self) -> None:
         """Refuse layers that are computed outside of a call of the model, if no such call has proven them."""
-        if self.differs and getattr(self.local, "outer", None) is None and not self.acting <= self.shown:
+        if self.differs and self.local.outer is None and not self.acting <= self.shown:
             raise refused("rows_not_in_layer", paths="a part of the model", found="no proof for this part")
 
     @property
@@ -165,9 +193,12 @@ class Batch:
         kinds = {name: kind_of(each) for name, each in given.items()}
         # the kinds that a graph can tell apart
         told = [name for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))]
-        direct = number, frozenset((name, kinds[name]) for name in told)
-        key = direct if in_graph else (number, frozenset(kinds.items()))
+        copies = self.local.copies or ONCE
+        direct = copies, number, frozenset((name, kinds[name]) for name in told)
+        key = direct if in_graph else (copies, number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
+        if copies.all == 1:  # where rows are kept apart, blocks of them are; blocks don't show it of the rows in them
+            proven |= self.proven.get((ONCE, *key[1:]), frozenset())
         if self.acting <= proven:
             return
         layers = self.acting | proven
@@ -175,11 +206,10 @@ class Batch:
             self.proven[key] = self.proven[direct] = layers
             self.shown |= layers
 
-    def _refuse_batch(self, batch: int, copies: int) -> None:
-        text = f", each of them {copies} times" if copies > 1 else ""
+    def _refuse_batch(self, batch: int, copies: Copies, found: Copies = ONCE) -> None:
         if self.size:
-            raise refused("batch_of_other_size", batch=batch, size=self.size, copies=text)
-        raise refused("batch_above_rows", batch=batch, rows=self.rows, copies=text)
+            raise refused("batch_of_other_size", batch=batch, found=found, size=self.size, copies=copies)
+        raise refused("batch_above_rows", batch=batch, rows=self.rows, copies=copies)
 
     # ---- in a graph
 
@@ -192,7 +222,7 @@ class Batch:
             return None
         flags = repr({name: each for name, each in given_inputs(arguments, named).items() if isinstance(each, FLAG)})
         checked = checked_inputs(
-            given[name], list(given.values()), ",".join(given), flags, self.number, number, self.total, self.copies
+            given[name], list(given.values()), ",".join(given), flags, self.number, number, self.total, [*self.copies]
         )
         if name.isdigit():
             position = int(name)
@@ -203,28 +233,35 @@ class Batch:
         """In a graph of a part of the model: ``scaling``, with a check that the layer's input is made of the rows."""
         if self.traced is not None or torch.compiler.is_exporting():
             return scaling
-        return checked_inputs(scaling, [], "", "{}", self.number, PART, length, self.copies)
+        return checked_inputs(scaling, [], "", "{}", self.number, PART, length, [*self.copies])
 
-    def check_in_graph(self, given: dict[str, Any], number: int, total: int, copies: int) -> None:
+    def check_in_graph(self, given: dict[str, Any], number: int, total: int, copies: Copies) -> None:
         """Check at run time what a graph can't: it takes sizes for constants or leaves them open."""
         if not self._is_active:
             return
-        if total != self.size * copies if self.size else total > self.rows * copies:
+        if total != self.size * copies.count if self.size else total > self.rows * copies.count:
             self._refuse_batch(total, copies)
         self.room.check_rows()
+        if not self.differs:
+            return
+        if (now := self.local.copies or self._copies_of(total)) != copies:
+            self._refuse_batch(total, copies, now)
         if number == PART:
             self.check_part()
-        elif self.differs:
+        else:
             count = max((int(name) + 1 for name in given if name.isdigit()), default=0)
             # a number, which a graph takes for a constant, is missing here: a model that needs it raises
             arguments = tuple(given.get(str(position), ...) for position in range(count))
             named = {name: each for name, each in given.items() if not name.isdigit()}
+            self.local.copies = now
             try:
                 self._check_proof(number, arguments, named, True)
             except HotswapError:
                 raise
             except Exception as error:
                 raise refused("rows_not_proven_in_graph", error=error) from error
+            finally:
+                self.local.copies = None
 
 
 @torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())
@@ -236,12 +273,12 @@ def checked_inputs(
     number: int,
     entry: int,
     total: int,
-    copies: int,
+    copies: list[int],
 ) -> torch.Tensor:
     """Check that the batch is made of the assigned rows, and these are proven; return a copy of an input, ``first``."""
     if (batch := Batch.known.get(number)) is not None:
         inputs = dict(zip(names.split(","), given, strict=False)) | ast.literal_eval(flags)
-        batch.check_in_graph(inputs, entry, total, copies)
+        batch.check_in_graph(inputs, entry, total, Copies(*copies))
     return first.clone()
 
 

@@ -10,6 +10,7 @@ from ..core.change import Change
 from ..core.errors import HotswapError
 from ..core.host import Config
 from ..core.room import Packed, Room, new_band, strengths_of
+from .copies import Copies
 from .members import Member, Members
 from .mixes import Mix, mixed
 from .rows import Row, RowRoom
@@ -20,7 +21,7 @@ class PackedRows(Packed):
     """The adapters in a room with rows; the fields of :class:`Packed` are those of row 0."""
 
     rows: tuple[Packed | None, ...]
-    copies: int
+    copies: Copies
 
 
 def owner_in(room: Room, members: Members) -> Member | Mix | None:

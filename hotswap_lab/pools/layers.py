@@ -69,29 +69,37 @@ class RowVariant(LoraVariant):
             raise refused("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
         own = self.exported(module) if torch.compiler.is_exporting() else self
         strength = module.scaling[active_adapter] / own.trained
+        batch, repeats = self.batch, 1
         if torch.compiler.is_compiling():
-            count, block = self.batch.blocks_of(x.shape[0])
-            if count > self.batch.rows:  # this graph never gets past the check
+            repeats = batch.copies.all
+            count, block = batch.blocks_of(x.shape[0])
+            if count > batch.rows:  # this graph never gets past the check
                 return result * strength.sum()
             a, b, scaling = own.a[:count], own.b[:count], own.own[:count] * strength
             if self.is_gate:
-                scaling = self.batch.checked_part(scaling, x.shape[0])
+                scaling = batch.checked_part(scaling, x.shape[0])
         elif (found := self._now(active_adapter, x, strength)) is not None:
             a, b, scaling = found
-            count, block = len(scaling), x.shape[0] // len(scaling)
-            if count * block != x.shape[0]:
+            count = len(scaling)
+            repeats = batch.times_of(x.shape[0]) if count > 1 else 1
+            block = x.shape[0] // (count * repeats)
+            if repeats * count * block != x.shape[0]:
                 raise refused("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
         else:
             return result
         if x.is_floating_point():
             x = module.lora_dropout[active_adapter](x)
-        is_tiled = self.batch.is_tiled
-        x = x.unflatten(0, (block, count)).transpose(0, 1) if is_tiled else x.unflatten(0, (count, block))
+        if repeats == 1:
+            x = x.unflatten(0, (count, block))
+        else:
+            x = x.unflatten(0, (repeats, count, block)).transpose(0, 1).flatten(1, 2)
         inner = self.times_a(module, x, a)
         scaling = scaling.to(torch.promote_types(inner.dtype, torch.float32))
         delta = times((inner.flatten(1, -2) * scaling[:, None, None]).to(inner.dtype), b)
         delta = delta.view(*inner.shape[:-1], delta.shape[-1])
-        delta = (delta.transpose(0, 1) if is_tiled else delta).flatten(0, 1)
+        if repeats > 1:
+            delta = delta.unflatten(1, (repeats, block)).transpose(0, 1).flatten(0, 1)
+        delta = delta.flatten(0, 1)
         return result + self.like_result(module, delta, result)
 
     def exported(self, module: Any) -> SimpleNamespace:
@@ -105,7 +113,7 @@ class RowVariant(LoraVariant):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The weights and scalings of all rows, outside of a graph; None if no row has an adapter on the layer."""
         batch, first = self.batch, self.tensors[0].parameter
-        if (probe := batch.probe) is not None:
+        if (probe := batch.local.probe) is not None:
             return (*probe.weights(self), probe.mask.to(x.device)) if probe.acts(self.index, x) else None
         if batch.size and first.data_ptr() != self.a.data_ptr():
             raise refused("rows_lost_their_place", adapter_name=active_adapter)

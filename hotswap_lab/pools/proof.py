@@ -4,7 +4,9 @@ The shape of a layer's input doesn't tell whether its first axis is the batch: i
 of all rows one after the other. So the proof puts a strong random adapter into some rows, and looks at the outputs of
 all rows. Two forwards are the references: all rows have the adapter, or no row has it. Then there is one for each
 bit of a row's number, in which the rows with this bit set have it. Each row's output must equal the right reference. A
-row that got another row's adapter, anywhere, differs in at least one of these forwards. In total, the proof takes
+row that got another row's adapter, anywhere, differs in at least one of these forwards. What the proof can't see is in
+which order the caller has repeated the rows, as AABB or as ABAB: both are batches that a model computes row by row. So
+it is told (:mod:`~hotswap_lab.pools.copies`), and a proof holds for this order alone. In total, the proof takes
 ``2 + log2(rows)`` forwards, once for each kind of input; three times as many where the rows may have other lengths,
 which are then tried in both orders.
 """
@@ -23,6 +25,7 @@ from .. import compat
 from ..beyond.guards import random_numbers_kept, state_kept
 from ..core.errors import listing, refused
 from ..core.wrappers import embeddings_of
+from .copies import Copies
 
 #: how far off a row may be, relative to the adapter's largest effect on an output, by the precision of the output
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -140,7 +143,8 @@ def prove(
             finally:
                 batch.local.probe = None
         found = [each for each in compat.tree_leaves(result) if torch.is_tensor(each) and each.is_floating_point()]
-        return probe, [_by_row(each, batch) for each in found if each.ndim and each.shape[0] == total]
+        size, copies = batch.size, batch.local.copies
+        return probe, [_by_row(each, size, copies) for each in found if each.ndim and each.shape[0] == total]
 
     def are_apart(layers: Collection[int], none: list[torch.Tensor], lengths: torch.Tensor | None = None) -> bool:
         try:
@@ -189,11 +193,9 @@ def name_of_like(path: str) -> str:
     return re.sub(r"\.\d+", "", path)
 
 
-def _by_row(output: torch.Tensor, batch: Any) -> torch.Tensor:
+def _by_row(output: torch.Tensor, size: int, copies: Copies) -> torch.Tensor:
     """``output`` as ``[rows, ...]``, one entry for each row."""
-    size = batch.size
-    rows = output.unflatten(0, (-1, size)).transpose(0, 1) if batch.is_tiled else output.unflatten(0, (size, -1))
-    return rows.flatten(1).nan_to_num()
+    return output.unflatten(0, (copies.all, size, copies.each)).transpose(0, 1).flatten(1).nan_to_num()
 
 
 def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Tensor, mask: torch.Tensor) -> bool:
@@ -237,7 +239,7 @@ def _noise(batch: Any, base: torch.nn.Module, seed: int) -> Iterator[None]:
     scale = float(embedding.weight.detach().double().std())
 
     def add(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor | None:
-        if batch.probe is None:  # another thread's forward
+        if batch.local.probe is None:  # another thread's forward
             return None
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(output.shape, generator=generator, device="cpu")

@@ -27,6 +27,7 @@ from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
 from .batch import Batch
+from .copies import ONCE, Copies
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
 
@@ -231,7 +232,9 @@ class RowRoom(Room):
 
     # ---- one adapter for each row
 
-    def change_rows(self, rows: Sequence[Packed | None], copies: int, strength: float | torch.Tensor = 1.0) -> Change:
+    def change_rows(
+        self, rows: Sequence[Packed | None], copies: Copies, strength: float | torch.Tensor = 1.0
+    ) -> Change:
         """The change that puts an adapter, or none, into each row.
 
         A row that has it already is not written again, but for row 0, which other code may have written to.
@@ -256,7 +259,7 @@ class RowRoom(Room):
         write_scalings(change, targets, self.slot.adapter_name, scalings)
         return self._noting(change, tuple(rows), copies)
 
-    def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: int = 1) -> Change:
+    def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: Copies = ONCE) -> Change:
         states = [row.state for row in rows if row is not None]
         acting = sum(((each.scalings != 0) for each in states), torch.zeros_like(self.state.scalings, dtype=torch.bool))
         contents = {row and (id(row.bands), *row.scalings[:, 0].tolist()) for row in rows}

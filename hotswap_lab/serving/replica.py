@@ -164,7 +164,7 @@ class Replica:
             prepare_model_for_compiled_hotswap(model, adapters=[reserved])
         how: dict[str, Any] = dict(target_rank=self.target_rank, progress=False, base_weights=base_weights)
         self.pool: AdapterPool = AdapterPool(model.requires_grad_(False), adapters=adapters, rows=rows, **how)
-        with self.pool.assigned([None] * rows):  # a refusal leaves the adapter that was loaded
+        with self.pool.assigned([None]):  # batches of any size; and a refusal leaves the adapter that was loaded
             self._reader: Reader | None = self._make_reader(rows)
         self.pool.assign([None] * (rows if self._reader else 1))
         self._lock = threading.Lock()

@@ -283,7 +283,7 @@ def test_what_it_costs(tmp_path):
         (["a", "b", None, "a", "b"], 1 + 2 + 3),  # two references and three bits for five rows
         (["b", "b", "a", "a", None], 1),
     ):
-        pool.assign(wanted)
+        pool.assign(wanted, copies=2, order="interleave")
         calls.clear()
         call(pool.model, inputs)
         call(pool.model, {"input_ids": torch.randint(0, 40, (10, 3))})  # each row twice, other lengths

@@ -27,6 +27,7 @@ from hotswap_lab import (
     set_strength,
 )
 from hotswap_lab.pools.batch import HOOKS
+from hotswap_lab.pools.copies import ONCE
 from hotswap_lab.pools.rows import LONG
 
 LINEAR, CONV = KINDS["linear"], KINDS["conv"]
@@ -98,7 +99,7 @@ def test_labels_and_blocks(pool, truth):
     pool.assign(["a", None, {"a": 0.5, "c": 2}])
     with contextlib.suppress(ZeroDivisionError), pool.assigned([None, "c"], [1, 3]):
         assert_rows(pool, truth, [None, "c"], [1, 3])
-        assert pool._room.batch.copies == 1
+        assert pool._room.batch.copies == ONCE
         raise ZeroDivisionError
     assert_rows(pool, truth, ["a", None, {"a": 0.5, "c": 2}])
     pool.update("a", Adapter.load(truth.folders["a"]).tensors)
@@ -211,6 +212,8 @@ def test_only_row_0_and_rows_that_change_are_written(pool, monkeypatch):
         (["a", "b"], dict(copies=0), "can't have each row"),
         (["a", "b"], dict(copies=1.5), "can't have each row"),
         (["a", "b"], dict(copies="2"), "can't have each row"),
+        (["a", "b"], dict(copies=2), "order in which a batch has its copies"),
+        (["a", "b"], dict(copies=2, order="repeat"), "order='repeat'"),
         (["a", {}], {}, "A mix needs adapters"),
     ],
 )
@@ -248,7 +251,7 @@ def test_an_arrangement_is_refused_inside_a_computation(pool, model):
 
 
 def test_other_batches_are_refused_with_both_numbers(pool, model, truth, compute):
-    """What is compiled is told how often a batch has each row; else that is found out."""
+    """A model is told how often a batch has each row, and in which order; what is compiled computes nothing else."""
     pool.assign(["a", "b", None])
     truth.check(call(compute, truth.inputs[:3]), ["a", "b", None])
     for size in (2, 4):
@@ -257,7 +260,7 @@ def test_other_batches_are_refused_with_both_numbers(pool, model, truth, compute
         refused(r"a batch of 7(.|\n)*3 rows", call, compute, truth.inputs.repeat(7, 1)[:7])
     else:
         refused(r"a batch of 6(.|\n)*3 rows", call, compute, truth.inputs[:3].repeat(2, 1))
-        pool.assign(["a", "b", None], copies=2)
+    pool.assign(["a", "b", None], copies=2, order="interleave")
     expected = truth.rows(["a", "b", None]).repeat_interleave(2, 0)
     assert_close(call(compute, truth.inputs[:3].repeat_interleave(2, 0)), expected)
     pool.swap("c")

@@ -1,0 +1,65 @@
+"""The order in which a batch repeats the assigned rows, for batches of more rows than are assigned.
+
+A shape shows a multiple, not its order, and the proof of :mod:`~hotswap_lab.pools.proof` can't show it either, since
+the caller makes the batch before the model is called. So the order comes from the caller: from the frame of
+``generate``, which holds the batch before and after it was expanded, or from an argument of ``assign``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import compat
+from ..core.errors import refused
+
+
+class Copies(NamedTuple):
+    """How a batch repeats its rows: ``all`` times the whole of them (``torch.tile``), within these ``each`` times each
+    row (``torch.repeat_interleave``). Rows A and B are ABAB with ``Copies(2, 1)``, and AABB with ``Copies(1, 2)``.
+    """
+
+    all: int = 1
+    each: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of times that a batch has each row."""
+        return self.all * self.each
+
+    @classmethod
+    def in_order(cls, count: int, is_tiled: bool) -> Copies:
+        """So many copies of each row, in one of the two orders."""
+        return cls(all=count) if is_tiled else cls(each=count)
+
+    def __str__(self) -> str:
+        orders = (self.each, "interleave"), (self.all, "tile")
+        return "".join([f", {number} times in order {order!r}" for number, order in orders if number > 1])
+
+
+ONCE = Copies()
+
+
+def copies_in_generate(base: torch.nn.Module, size: int, total: int) -> Copies | None:
+    """How the innermost running ``generate`` of transformers has repeated ``size`` rows to a batch of ``total``.
+
+    None if it calls ``base`` with other rows, or there is none. Refuses rows that would be the beams of one prompt.
+    """
+    frame: Any = sys._getframe(1)
+    while frame and (frame.f_code.co_name != "generate" or frame.f_globals.get("__name__") not in compat.GENERATES):
+        frame = frame.f_back
+    own = frame.f_locals if frame else {}
+    given, expanded = (own.get(name) for name in compat.EXPANDED)
+    if given is None or expanded is None:  # the encoder is called before the batch is expanded
+        return None
+    guidance = own["model_kwargs"].get("guidance_scale") if compat.GENERATES[frame.f_globals["__name__"]] else None
+    times = 2 if guidance is not None and guidance > 1 else 1
+    if len(expanded) * times != total or not any(each is base for each in own["self"].modules()):
+        return None  # other rows, or another model
+    if size == len(given):
+        return Copies(times, len(expanded) // size)
+    if own["generation_config"].num_beams > 1:  # each has the memory of others
+        raise refused("beams_of_rows", size=size, given=len(given))
+    return None
