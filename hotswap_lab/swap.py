@@ -549,7 +549,8 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
 
     Layers that are turned off and the padding of a prepared model are left out. Both files are written next to those of
     an older adapter and then replace them: after an error the folder has the old adapter. Other files in the folder are
-    left alone.
+    left alone. Threads and processes that save to one folder do so one after another, and :meth:`Adapter.load` reads
+    no mixture of two; on a file system without locks, processes are not kept apart.
 
     Parameters
     ----------
@@ -564,8 +565,9 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     ------
     HotswapError
         If the model has no such adapter, if other code has written to its padding (in a prepared model), if the file
-        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, or if
-        rows of a batch may have different adapters.
+        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, if rows of
+        a batch may have different adapters, if the folder has a folder or a pipe in the place of one of the two files,
+        or if other processes save there for ten seconds.
 
     Examples
     --------

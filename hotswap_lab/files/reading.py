@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core import adapter as core
-from ..core.errors import refused
+from ..core.errors import HotswapError, refused
 from ..core.tensors import is_finite
 from .bin_file import read_bin
 from .hub import find_repository
@@ -20,6 +21,8 @@ from .weights_file import read_safetensors
 
 #: an id on the Hub; all else is a path
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+#: how often a folder is read again, a hundredth of a second later, because its files were exchanged meanwhile
+TRIES = 50
 
 
 class Adapter(core.Adapter):
@@ -70,8 +73,19 @@ class Adapter(core.Adapter):
         (2, 32)
         """
         place = find_source(source, hub)
-        config = read_config(place)
-        file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+        for last in (*[False] * TRIES, True):  # a save may exchange the files in between
+            before = place.state
+            try:
+                config = read_config(place)
+                file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+                if before == place.state:
+                    break
+            except HotswapError:
+                if last or (before == place.state and before[-1] is None):
+                    raise
+            if last:
+                raise refused("changes_while_read", source=place.name)
+            time.sleep(0.01)
         adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name), file)
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
