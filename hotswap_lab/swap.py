@@ -521,7 +521,9 @@ def loaded(model: object) -> LoadedList:
         Prints as one line for each adapter, and as a table in a notebook. Each has ``adapter_name``, ``method``,
         ``ranks``, ``strength``, ``source``, ``revision``, ``when`` and, in a pool, ``member``, ``mix`` or ``rows``;
         ``note``, if it was made for another base model; ``sha256``, which reads the adapter's file when it is asked
-        for; and ``as_dict()``.
+        for; and ``as_dict()``. A source is named only if its weights are those in the model: they are compared with its
+        file, which takes as long as reading it, or with what a pool has packed. It is ``"unknown"`` after training or
+        PEFT's ``load_adapter``, and if the file is gone; then ``note`` says what the last swap put in.
 
     Examples
     --------
