@@ -33,7 +33,7 @@ import sys as _sys
 import typing as _typing
 
 # What is public, by its module. A name is imported when it is first used: torch, transformers and PEFT take two seconds
-# to import, and `hotswap-lab show` doesn't need them. A test compares this with the imports below for type checkers.
+# to import, and `hotswap-lab --help` doesn't need them. A test compares this with the imports below for type checkers.
 _PUBLIC = {
     "ahead": "aoti_compile aoti_load",
     "core.errors": "HotswapError",

@@ -523,7 +523,9 @@ def loaded(model: object) -> LoadedList:
         Prints as one line for each adapter, and as a table in a notebook. Each has ``adapter_name``, ``method``,
         ``ranks``, ``strength``, ``source``, ``revision``, ``when`` and, in a pool, ``member``, ``mix`` or ``rows``;
         ``note``, if it was made for another base model; ``sha256``, which reads the adapter's file when it is asked
-        for; and ``as_dict()``.
+        for; and ``as_dict()``. A source is named only if its weights are those in the model: they are compared with its
+        file, which takes as long as reading it, or with what a pool has packed. It is ``"unknown"`` after training or
+        PEFT's ``load_adapter``, and if the file is gone; then ``note`` says what the last swap put in.
 
     Examples
     --------
@@ -551,7 +553,8 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
 
     Layers that are turned off and the padding of a prepared model are left out. Both files are written next to those of
     an older adapter and then replace them: after an error the folder has the old adapter. Other files in the folder are
-    left alone.
+    left alone. Threads and processes that save to one folder do so one after another, and :meth:`Adapter.load` reads
+    no mixture of two; on a file system without locks, processes are not kept apart.
 
     Parameters
     ----------
@@ -566,8 +569,9 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
     ------
     HotswapError
         If the model has no such adapter, if other code has written to its padding (in a prepared model), if the file
-        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, or if
-        rows of a batch may have different adapters.
+        would contain base weights that an adapter is merged into, if some of the adapter isn't in the model, if rows of
+        a batch may have different adapters, if the folder has a folder or a pipe in the place of one of the two files,
+        or if other processes save there for ten seconds.
 
     Examples
     --------

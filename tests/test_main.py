@@ -297,16 +297,23 @@ def test_show_a_part_of_a_file(capsys, tmp_path):
 
 #: what a config may say, and what is told of it; None if the adapter is shown
 CONFIGS = [
-    ("alpha_pattern", ["x"], "alpha_pattern = ['x']"),
-    ("base_model_name_or_path", 5, "base_model_name_or_path = 5"),
+    ("alpha_pattern", ["x"], "alpha_pattern=['x']"),
+    ("base_model_name_or_path", 5, None),
     ("peft_type", 5, "peft_type=5"),
-    ("lora_alpha", "8", "lora_alpha = '8'"),
-    ("lora_alpha", 10**400, "lora_alpha = 1000"),
-    ("lora_alpha", float("nan"), "lora_alpha = nan"),
-    ("lora_alpha", float("inf"), "lora_alpha = inf"),
-    ("lora_alpha", [1], "lora_alpha = [1]"),
-    ("alpha_pattern", {"q_proj": "8"}, "alpha_pattern.q_proj = '8'"),
-    ("lora_dropout", float("inf"), None),
+    ("lora_alpha", "8", "lora_alpha='8'"),
+    ("lora_alpha", 10**400, "lora_alpha=1000"),
+    ("lora_alpha", float("nan"), "lora_alpha=nan"),
+    ("lora_alpha", float("inf"), "lora_alpha=inf"),
+    ("lora_alpha", [1], "lora_alpha=[1]"),
+    ("alpha_pattern", {"q_proj": "8"}, "alpha_pattern={'q_proj': '8'}"),
+    ("lora_dropout", float("inf"), "lora_dropout=inf"),
+    ("r", -1, "r=-1"),
+    ("r", "8", "r='8'"),
+    ("target_modules", 5, "target_modules=5"),
+    ("target_modules", "(", "'('"),
+    ("rank_pattern", {"(": 8}, "'('"),
+    ("use_dora", "yes", "use_dora='yes'"),
+    ("layers_pattern", "layers", "layers_pattern"),
 ]
 
 
@@ -325,6 +332,9 @@ def test_show_what_is_wrong_with_each(capsys, tmp_path):
     assert (code, found["ok"]) == (1, False)
     assert {each["name"] for each in found["adapters"]} == {name for name, (_, said) in texts.items() if said is None}
     for name, (_, said) in texts.items():
+        # what other commands refuse
+        assert (main(["plan", BASE, str(tmp_path / name), str(tmp_path / name)]) == 0) == (said is None)
+        capsys.readouterr()
         if said is not None:
             assert main(["show", str(tmp_path / name)]) == 1
             error = " ".join(capsys.readouterr().err.split())

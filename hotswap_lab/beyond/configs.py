@@ -1,6 +1,5 @@
 """Configs that ask for more than plain LoRA: which of these can't be swapped, and what they add."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,19 +8,13 @@ from peft import PeftConfig, PeftType
 
 from ..core.errors import Refusal, refusal
 from ..core.host import kind_of
-from ..core.settings import BASE_CHANGING_INITS, RULES, Rule, damages, is_flag, is_rank, unusual
+from ..core.settings import BASE_CHANGING_INITS, damaged_values, is_rank, unusual
 
 #: ranks up to this one are allowed in any layer, however small; a rank of 10**9 from a damaged config would take 64 GB
 #: of memory in a layer of 8 x 8
 POINTLESS = 1024
 #: the only module that a config may make PEFT import
 MEGATRON = "megatron.core"
-#: the values that fields of LoRA's config beyond plain LoRA may have
-MORE_RULES = {
-    **dict.fromkeys(("use_dora", "lora_bias"), Rule(is_flag, "true or false")),
-    "bias": Rule(("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
-    "trainable_token_indices": Rule(lambda value: value != [], "null, or at least one token"),
-}
 #: fields that change only the tensors of a layer: DoRA's magnitude, a bias
 FORMS = ("use_dora", "lora_bias")
 #: config fields that add something besides B @ A, which no scaling applies to
@@ -47,28 +40,23 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
         The config of an adapter that must share a compiled graph with this one, if any.
     """
     is_lora = config.peft_type == PeftType.LORA
-    damaged = [] if role == "loaded" else _damaged(config)
+    damaged = [] if role == "loaded" else damaged_values(config)
     yield from damaged or (_unsupported(config, role) if is_lora else ())
     if config.peft_type == PeftType.XLORA:
         yield refusal("method_refused", role=role)
     if is_lora and loaded is not None and form_for(config) != form_for(loaded):
         found, expected = (f"use_dora={each.use_dora}, lora_bias={each.lora_bias}" for each in (config, loaded))
         yield refusal("no_common_graph", found=found, expected=expected)
-    elif is_lora and not damaged and loaded and (more := set(extra_state(config)) ^ set(extra_state(loaded))):
-        yield refusal("member_of_another_kind", other_state=", ".join(sorted(more)))
+    elif is_lora and not damaged and loaded:
+        new, old = (set(extra_state(each)) for each in (config, loaded))
+        lacking = (new - old, "which the loaded adapter lacks"), (old - new, "which only the loaded adapter has")
+        if found := "; ".join(f"{', '.join(sorted(more))}, {which}" for more, which in lacking if more):
+            yield refusal("member_of_another_kind", found=found)
 
 
 def form_for(config: PeftConfig) -> tuple[bool, bool]:
     """Whether layers of LoRA with this config have a magnitude (DoRA), and whether they have a bias."""
     return bool(config.use_dora), bool(config.lora_bias)
-
-
-def _damaged(config: PeftConfig) -> list[Refusal]:
-    """Refusals of values of the wrong type. Of other methods, PEFT checks the rest when it loads the adapter."""
-    if config.peft_type == PeftType.LORA:
-        return damages(config, RULES | MORE_RULES)
-    finite = Rule(math.isfinite, "a finite number")
-    return damages(config, {name: finite for name, value in vars(config).items() if isinstance(value, float)})
 
 
 def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:

@@ -6,6 +6,7 @@ PEFT loads the new adapter next to the model, and the two are compared. The swap
 import copy
 import functools
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..core.planner import adaptable, check_compiled, misfits, only_for
 from ..core.slot import Slot, SlotLayer, begin_change
 from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
-from ..core.wrappers import is_wrapper
+from ..core.wrappers import inside, is_wrapper
 from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
@@ -230,6 +231,9 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
             fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error
+        if found := _head_of_other_labels(plan):
+            plan.refuse("other_labels", key=found[0], labels=found[1], own=found[2])
+            return Graft(), None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         plan.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
         return Graft(), None
@@ -247,6 +251,19 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     changed = [path for path in paths if live[path].requires_grad != twins[path].requires_grad]
     graft.requires_grad += [(live[path], twins[path].requires_grad) for path in changed]
     return graft, None if plan.refusals else find_targets(slot, adapter, fresh, graft)
+
+
+def _head_of_other_labels(plan: Plan) -> tuple[str, int, int] | None:
+    """The key of a classifier's weight if it is for another number of labels than the model's; and both numbers."""
+    base, names = plan.slot.host.base, "|".join(HEADS.get(plan.adapter.config.task_type, ()))
+    for key, tensor in plan.adapter.tensors.items():
+        found = names and re.fullmatch(rf"((?:.*\.)?(?:{names}))\.(.+)", canonical_path(key))
+        with contextlib.suppress(AttributeError):  # the model has no such head
+            head: Any = base.get_submodule(found[1]) if found else None
+            own = (inside(head) if is_wrapper(head) else head).get_parameter(found[2])
+            if tensor.shape[1:] == own.shape[1:] and len(tensor) != len(own) == base.config.num_labels:
+                return key, len(tensor), len(own)
+    return None
 
 
 def _layers_of_base(config: PeftConfig) -> str:

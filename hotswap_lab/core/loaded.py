@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -20,9 +21,12 @@ from .report import escaped, html_table
 from .room import Packed, strengths_of
 from .slot import Slot, has_been_swapped, slot_for
 from .strength import strength_of
+from .tensors import have_same_values
 
 #: the origin of an adapter that PEFT loaded
 UNKNOWN = "unknown", None, None
+#: what goes with a note that an adapter was made for another base model, if its shapes fit
+FITS = "; that the shapes fit does not make it right"
 #: the columns of a table
 HEADER = ("adapter", "state", "now", "method", "rank", "strength", "source", "since")
 
@@ -52,14 +56,17 @@ class Loaded:
         One of these for each row of a batch, with its own ranks, strength and source. Empty if all rows have the same
         adapter.
     source, revision:
-        The folder or Hub id that it was read from, and the commit on the Hub; ``"a state dict"`` for tensors from
-        memory, and ``"unknown"`` for an adapter that PEFT loaded. Training since then doesn't change them.
+        The folder or Hub id that it was read from, and the commit on the Hub: the weights in the model are compared
+        with the file, or with what a pool has packed. ``"a state dict"`` for tensors from memory, which are not there
+        to be compared. ``"unknown"`` for an adapter that PEFT loaded or that was trained since the swap, and if the
+        file is gone or another one now, or the weights are spread over processes.
     when:
-        When a swap put it in, or the rows were assigned; None if PEFT loaded it.
+        When a swap put it in, or the rows were assigned; None if the source is unknown.
     file:
-        The path of its weights, and the file's inode, size and time when it was read.
+        The path of its weights, the file's inode, size and time when it was read, and the ``key_mapping``.
     note:
-        That it was made for another base model, if its config says so.
+        That it was made for another base model, if its config says so; and what a swap has put in, if the source is
+        unknown now.
     """
 
     model: str
@@ -74,13 +81,13 @@ class Loaded:
     source: str
     revision: str | None
     when: datetime | None
-    file: tuple[str, int, int, int] | None
+    file: Any
     note: str | None
 
     @property
     def sha256(self) -> str | None:
         """The hash of the adapter's file, which is read now; None if it was changed since, or there is none."""
-        path, *stamp = self.file or [""]
+        path, *stamp = (self.file or [""])[:4]
         with contextlib.suppress(OSError), open(path, "rb") as file:
             found = os.fstat(file.fileno())
             if stamp == [found.st_ino, found.st_size, found.st_mtime_ns]:
@@ -137,43 +144,68 @@ def _shown(owner: object) -> str:
     return " + ".join(map(str, weights))
 
 
-def loaded_of(slot: Slot) -> Loaded:
-    """The :class:`Loaded` of a slot that was just found."""
+def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
+    """The :class:`Loaded` of a slot that was just found; ``is_new`` if a swap has just written it."""
     noted = vars(slot.config) if has_been_swapped(slot.host.base, slot.adapter_name) else {}
     room, owner, strength, ranks = slot.room, None, None, ranks_before(slot)
     assigned = room.assigned if room is not None else ()
-    origin, when = noted.get(ORIGIN, UNKNOWN), noted.get(WHEN)
+    origin, when = noted.get(ORIGIN), noted.get(WHEN)
     when = when and datetime.fromtimestamp(when).astimezone()
     with contextlib.suppress(HotswapError):  # it is of another method, or has different ones
         strength = strength_of(slot)
     if room is not None and not assigned:
-        owner = None if room.is_touched else room.state.owner
+        owner = room.state.owner
         # of a pool's adapter that PEFT loaded, only the pool knows the source
-        origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN, origin))
+        origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN))
+    note = ""
+    if origin and not assigned and not is_new and not _is_there(slot, origin, getattr(owner, "packed", None)):
+        note, origin, owner = _lost(origin), UNKNOWN, None
     if slot.method.is_lora and not any(ranks):
         strength = 0.0
     kind, state = kind_of(slot.config), state_of(slot)
 
-    def one(name: str, owner: Any, ranks: Iterable, strength: float | None, origin: Any, config: Config) -> Loaded:
-        own, (source, revision, file) = tuple(sorted({rank for rank in ranks if rank})), origin
+    def one(
+        name: str, owner: Any, ranks: Iterable, strength: float | None, origin: Any, config: Config, note: str = ""
+    ) -> Loaded:
+        own, (source, revision, file) = tuple(sorted({rank for rank in ranks if rank})), origin or UNKNOWN
         # a member of a pool has a name, and a mix has weights
         member, mix = getattr(owner, "name", None), getattr(owner, "weights", None)
-        note, base = ((config and other_base(slot, config)) or [None])[0], type(slot.host.base).__name__
-        return Loaded(base, name, kind, state, own, strength, member, mix, (), source, revision, when, file, note)
+        other, base = config and other_base(slot, config), type(slot.host.base).__name__
+        note = "; ".join(filter(None, [other and f"{other[0]}{FITS}", note])) or None
+        since = None if origin is UNKNOWN else when
+        return Loaded(base, name, kind, state, own, strength, member, mix, (), source, revision, since, file, note)
 
-    def of_row(name: str, packed: Packed | None) -> Loaded:
+    def of_row(number: int, packed: Packed | None) -> Loaded:
+        name = f"{slot.adapter_name}, row {number}"
         if packed is None:
             return one(name, None, (), 0.0, ("the base model", None, None), None)
         now, own = packed.state, strength and round(strength * float(strengths_of(packed).median()), 6)
-        return one(name, now.owner, now.ranks, own, vars(now.config).get(ORIGIN, UNKNOWN), now.config)
+        owner, origin, note = now.owner, vars(now.config).get(ORIGIN), ""
+        # the parameters are views of row 0; other code doesn't reach the others
+        if number == 0 and not is_new and not _is_there(slot, origin, packed):
+            owner, origin, note = None, UNKNOWN, _lost(origin)
+        return one(name, owner, now.ranks, own, origin, now.config, note)
 
     if not assigned:
-        return one(slot.adapter_name, owner, ranks, strength, origin, slot.config)
-    rows = tuple([of_row(f"{slot.adapter_name}, row {number}", each) for number, each in enumerate(assigned)])
+        return one(slot.adapter_name, owner, ranks, strength, origin, slot.config, note)
+    rows = tuple(itertools.starmap(of_row, enumerate(assigned)))
     ranks = [rank for each in rows for rank in each.ranks]
     now = one(slot.adapter_name, None, ranks, strength, ("the rows of a pool", None, None), None)
     note = "; ".join(dict.fromkeys(each.note for each in rows if each.note)) or None
     return dataclasses.replace(now, rows=rows, note=note)
+
+
+def _is_there(slot: Slot, origin: Any, packed: Packed | None) -> bool:
+    """Whether the weights that a swap put in are those of the model now, as far as something is left of them."""
+    room, file = slot.room, origin and origin[2]
+    if packed is not None:
+        pairs = [(band.memory, own, len(own)) for band, own in zip(room.bands, packed.bands, strict=True)]
+        return all(have_same_values(now[:end], own) and not now[end:].any() for now, own, end in pairs)
+    return file.is_in(slot) if file else room is None or not room.is_touched
+
+
+def _lost(origin: Any) -> str:
+    return f"the last swap put in {escaped(origin[0])}; it can't be shown that its weights are in the model now"
 
 
 def state_of(slot: Slot) -> str:
@@ -195,8 +227,7 @@ def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
     # a folder may be a copy of any repository
     if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
         return None
-    both = escaped(f"the adapter was made for {made_for}, and the model is {name}")
-    return f"{both}; that the shapes fit does not make it right", on_hub
+    return escaped(f"the adapter was made for {made_for}, and the model is {name}"), on_hub
 
 
 def _is_hub_id(name: object) -> bool:
@@ -213,7 +244,8 @@ def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = 
     for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
         now = None
         with contextlib.suppress(Exception):
-            now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name))
+            # after a swap, nothing is compared: that would take longer than the swap
+            now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name), is_new=event == "swap")
         fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
         with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal
             # one line for each record, so that a log can be read line by line

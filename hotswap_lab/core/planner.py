@@ -13,10 +13,18 @@ import torch
 from . import lora
 from .adapter import Adapter
 from .added_layers import adaptable, build_added_layers
-from .checks import check_containers, check_prefixes, correct_fan_in_fan_out, note_missing_targets, note_other_base
+from .checks import (
+    check_containers,
+    check_prefixes,
+    correct_fan_in_fan_out,
+    note_missing_targets,
+    note_other_base,
+    with_bases,
+)
 from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
+from .loaded import FITS
 from .lora_method import Lora
 from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .method import Method
@@ -57,7 +65,10 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
     if loaded.peft_type != new.peft_type:
         old, kind, label = kind_of(loaded), kind_of(new), adapter.label
         return [refusal("other_peft_type", old=old, kind=kind, label=label, adapter_name=slot.adapter_name)]
-    return [*slot.method.judge(new, "new", loaded if in_graph else None)]
+    if not in_graph:
+        return [*slot.method.judge(new, "new")]
+    # one of a family: which one?
+    return [replace(each, found=f"{adapter.label}: {each.found}") for each in slot.method.judge(new, "new", loaded)]
 
 
 def check_configs(plan: Plan) -> None:
@@ -345,4 +356,7 @@ def make_plan(
             plan = each(plan) or plan
         if plan.is_decided:
             break
+    if plan.refusals:
+        plan.refusals[:] = with_bases(slot, adapter.config, plan.refusals)
+        plan.notes[:] = [each.removesuffix(FITS) for each in plan.notes]
     return plan

@@ -20,6 +20,7 @@ from . import lora
 from .adapter import Adapter
 from .added_layers import adaptable, attach, build_added_layers
 from .change import Change
+from .checks import with_bases
 from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal, refused
 from .host import Config, canonical_path, carriers
@@ -141,7 +142,8 @@ def _space_in(
         wanted.append((adapter.label, of_adapter := _ranks_of(slot, adapter)))
         if not of_adapter:
             names = adapter.config.target_modules
-            refusals.append(refusal("member_has_no_layer", label=adapter.label, target_modules=names))
+            reason = refusal("member_has_no_layer", label=adapter.label, target_modules=names)
+            refusals += with_bases(slot, adapter.config, [reason])
     for label, ranks in wanted:
         for path, rank in ranks.items():
             if target_rank is not None and target_rank < rank:

@@ -143,6 +143,12 @@ NO_EFFECT = {
 }
 #: the rule of each field that LoRA alone needs
 RULES: dict[str, Rule] = {each.field: each.rule for each in SETTINGS} | CHOICES
+#: the values that fields of LoRA's config beyond plain LoRA may have
+MORE_RULES = {
+    **dict.fromkeys(("use_dora", "lora_bias"), Rule(is_flag, "true or false")),
+    "bias": Rule(("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
+    "trainable_token_indices": Rule(lambda value: value != [], "null, or at least one token"),
+}
 #: names of initializations of which nothing is left after loading; "gaussian" may have capitals
 INITS = ("eva", "orthogonal", "lora_ga", "gaussian")
 #: the beginnings of those with which a fresh load changes the base weights
@@ -193,6 +199,14 @@ def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
                 continue
         found.append(refusal("config_damaged", name=name, value=value, expected=expected))
     return [*found, *(_broken_expressions(config) if config.peft_type == PeftType.LORA else ())]
+
+
+def damaged_values(config: Config) -> list[Refusal]:
+    """The :func:`damages` of an adapter of any method. Of others than LoRA, PEFT checks the rest when it loads it."""
+    if config.peft_type == PeftType.LORA:
+        return damages(config, RULES | MORE_RULES)
+    finite = Rule(math.isfinite, "a finite number")
+    return damages(config, {name: finite for name, value in vars(config).items() if isinstance(value, float)})
 
 
 def _is_deeper(value: object, levels: int) -> bool:

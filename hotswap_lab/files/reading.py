@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core import adapter as core
-from ..core.errors import refused
-from ..core.tensors import is_finite
+from ..core.errors import HotswapError, refused
+from ..core.host import canonical_path
+from ..core.slot import Slot
+from ..core.tensors import have_same_values, is_finite
 from .bin_file import read_bin
 from .hub import find_repository
+from .saving import LoadedAlone, check_saved, saved_tensors
 from .sources import Folder, Tensors, check_file, read_config
 from .weights_file import read_safetensors
 
 #: an id on the Hub; all else is a path
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+#: how often a folder is read again, a hundredth of a second later, because its files were exchanged meanwhile
+TRIES = 50
 
 
 class Adapter(core.Adapter):
@@ -70,12 +76,55 @@ class Adapter(core.Adapter):
         (2, 32)
         """
         place = find_source(source, hub)
-        config = read_config(place)
-        file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+        for last in (*[False] * TRIES, True):  # a save may exchange the files in between
+            before = place.state
+            try:
+                config = read_config(place)
+                file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
+                if before == place.state:
+                    break
+            except HotswapError:
+                if last or (before == place.state and before[-1] is None):
+                    raise
+            if last:
+                raise refused("changes_while_read", source=place.name)
+            time.sleep(0.01)
         adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name), file)
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
         return adapter
+
+
+class File(NamedTuple):
+    """The file of an adapter's weights when it was read: its inode, size and time tell it from another version."""
+
+    path: str
+    inode: int
+    size: int
+    time: int
+    #: what its keys were renamed by
+    key_mapping: dict[str, str] | None = None
+
+    def is_in(self, slot: Slot) -> bool:
+        """Whether all weights of the file are in the model, and no others; False if that can't be seen any more."""
+        if any(hasattr(each, "full_tensor") for each in slot.host.base.parameters()):
+            return False  # reading the whole takes a call in every process
+        try:
+            found, (tensors, _) = read_tensors(Folder(os.path.dirname(self.path)), "cpu", self.key_mapping, True)
+            check_saved(slot, live := saved_tensors(slot, embeddings=True))
+            ours, theirs = ({own_key(slot, key): each for key, each in named.items()} for named in (live, tensors))
+            if found != self or not ours.keys() <= theirs.keys():
+                return False
+            base = LoadedAlone(slot).state_dict()  # a file may have base weights, too
+            ours = {own_key(slot, key): each for key, each in base.items()} | ours
+            return all(have_same_values(ours[key], each) for key, each in theirs.items())
+        except Exception:  # of any type: the file is gone, or the weights are elsewhere
+            return False
+
+
+def own_key(slot: Slot, key: str) -> str:
+    """The key of a tensor in the base model, whatever form of it a file has."""
+    return slot.own_keys.get(short := canonical_path(key), short)
 
 
 def find_source(source: object, arguments: dict[str, Any]) -> Folder:
@@ -92,14 +141,16 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
 
 def read_tensors(
     place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
-) -> tuple[tuple[str, int, int, int], Tensors]:
+) -> tuple[File, Tensors]:
     """The file of an adapter's weights, and its tensors by its keys: with ``for_one_swap``, maybe the file itself."""
     folder = place.folder_with_weights()
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     try:
         if os.path.exists(path):
-            return check_file(path), read_safetensors(folder, str(device), key_mapping, for_one_swap)
-        return check_file(os.path.join(folder, WEIGHTS_NAME)), (read_bin(folder, str(device), key_mapping), None)
+            file = File(*check_file(path), key_mapping)
+            return file, read_safetensors(folder, str(device), key_mapping, for_one_swap)
+        file = File(*check_file(os.path.join(folder, WEIGHTS_NAME)), key_mapping)
+        return file, (read_bin(folder, str(device), key_mapping), None)
     except Exception as error:  # a damaged file may cause an error of any type
         raise refused("weights_unreadable", source=place.name, error=error) from error
 

@@ -2,19 +2,22 @@
 
 import contextlib
 import copy
+import errno
 import os
 import secrets
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..core.compiled import COMPILED
@@ -24,12 +27,20 @@ from ..core.prepared import is_off
 from ..core.slot import Slot, room_of
 from ..core.state_dict_hooks import strange_padding
 from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrapper
+from .sources import LOCK
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl: Any = None
 
 #: the attributes of wrappers that have the wrapped module
 INSIDE = ("base_layer", "original_module")
 
 #: held while files are exchanged, for threads that save to one folder
 _exchanging = threading.Lock()
+#: how many seconds to wait for another process that saves to the folder: it exchanges its files in milliseconds
+PATIENCE = 10.0
 
 
 def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -164,33 +175,71 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: d
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path with a file in the place of a folder."""
+    """Refuse a path with a file in the place of a folder, and a folder with something else in the place of a file."""
     for each in (folder, *folder.parents):
         if each.exists() and not each.is_dir():
             raise refused("not_a_folder", folder=folder, file=each)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise refused("not_a_file", folder=folder, name=name)
 
 
 def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
-    beside = folder / f".hotswap-save-{secrets.token_hex(4)}"
+    beside, lock = folder / f".hotswap-save-{secrets.token_hex(4)}", folder / LOCK
     new, old, made = beside / "new", beside / "old", [each for each in (folder, *folder.parents) if not each.exists()]
-    with interrupts_held(), _cleared_away(beside, made):  # so that Ctrl-C leaves no temporary files behind
+    # so that Ctrl-C leaves no temporary files behind
+    with interrupts_held(), _cleared_away(beside, lock, made) as opened:
         for each in (new, old):
             each.mkdir(parents=True)
         write_adapter(new, config, tensors)
         with _exchanging:
+            end = time.monotonic() + PATIENCE
+            while not _is_locked(lock, opened):
+                if time.monotonic() > end:
+                    raise refused("being_saved", folder=folder, lock=lock, seconds=PATIENCE)
+                time.sleep(0.01)
+            check_folder(folder)
             _exchange(folder, new, old)
 
 
 @contextlib.contextmanager
-def _cleared_away(beside: Path, made: list[Path]) -> Iterator[None]:
+def _cleared_away(beside: Path, lock: Path, made: list[Path]) -> Iterator[contextlib.ExitStack]:
+    """Remove temporary files after a block, and the lock file, which the block may open in a stack."""
     try:
-        yield
+        with contextlib.ExitStack() as opened:
+            yield opened
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        # another process may have locked it since, and removes it then
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            if _is_locked(lock, opened):
+                lock.unlink()
         for each in made:
             with contextlib.suppress(OSError):  # the folder is not empty
                 each.rmdir()
+
+
+def _is_locked(path: Path, opened: contextlib.ExitStack) -> bool:
+    """Lock a file until ``opened`` is closed or the process ends, unless another process has it.
+
+    filelock can't be used here: it doesn't tell whether the file that it has locked was removed meanwhile.
+    """
+    try:
+        if fcntl is None:  # on Windows, where the system removes the file when it is closed
+            opened.enter_context(os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)))
+            return True
+        file = opened.enter_context(path.open("ab"))
+    except (FileExistsError, PermissionError):
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:  # others: a file system without locks, where processes are not kept apart
+        is_ours = error.errno not in (errno.EAGAIN, errno.EACCES, errno.ENOENT)
+    if not is_ours:
+        file.close()
+    return is_ours
 
 
 def _exchange(folder: Path, new: Path, old: Path) -> None:

@@ -13,6 +13,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core.errors import HotswapError, listing, refused
 
+#: the file that a save holds while it exchanges the files of a folder
+LOCK = ".hotswap-save.lock"
+
 
 @dataclass
 class Folder:
@@ -31,6 +34,18 @@ class Folder:
     def folder_with_weights(self) -> str:
         """The local folder that has the weights, of the same version as the config."""
         return self._with("no_weights_file", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+
+    @property
+    def state(self) -> list[object]:
+        """The inode, size and time of each file, None where there is none; last of the lock, while a save has it."""
+        found: list[object] = []
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, LOCK):
+            try:
+                now = os.stat(os.path.join(self.name, self.subfolder, name))
+                found.append((now.st_ino, now.st_size, now.st_mtime_ns))
+            except (OSError, ValueError):
+                found.append(None)
+        return found
 
     def _with(self, lacking: str, *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name

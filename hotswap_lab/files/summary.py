@@ -1,13 +1,11 @@
-"""What an adapter is, read without torch: its config, and the header of its weights."""
+"""What an adapter is: its config, and the header of its weights."""
 
 import json
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-from ..core.errors import refused
+from ..core.errors import HotswapError
 from ..core.report import readable_bytes
 
 
@@ -36,7 +34,7 @@ def summary_of(source: str | Path) -> Summary:
     Raises
     ------
     HotswapError
-        If there is no adapter, or its files can't be read.
+        If there is no adapter, its files can't be read, or its config is refused for any base model.
 
     Examples
     --------
@@ -45,20 +43,21 @@ def summary_of(source: str | Path) -> Summary:
     >>> summary.method, summary.ranks, summary.layers
     ('LORA', (6, 16, 24), 28)
     """
-    name = str(source)
-    try:
-        config = json.loads(Path(source, "adapter_config.json").read_text(encoding="utf-8"))
-        shapes, nbytes = _header(Path(source, "adapter_model.safetensors"))
-        return _summary(name, config, shapes, nbytes)
-    except Exception:  # of any type: it is on the Hub, has an older format, or is damaged
-        from .reading import Adapter
+    # here, since these import torch
+    from ..core.settings import damaged_values
+    from .reading import Adapter, find_source
+    from .sources import read_config
 
+    place, name = find_source(source, {}), str(source)
+    config = read_config(place)
+    if damaged := damaged_values(config):
+        raise HotswapError(*(replace(each, found=f"{name}: {each.found}") for each in damaged))
+    try:
+        shapes, nbytes = _header(Path(place.folder_with_weights(), "adapter_model.safetensors"))
+    except Exception:  # of any type: it has an older format, or is damaged
         adapter = Adapter.load(name)
-        shapes = {key: tuple(each.shape) for key, each in adapter.tensors.items()}
-        try:
-            return _summary(name, adapter.config.to_dict(), shapes, adapter.nbytes)
-        except Exception as error:
-            raise refused("config_unreadable", source=name, error=error) from error
+        shapes, nbytes = {key: tuple(each.shape) for key, each in adapter.tensors.items()}, adapter.nbytes
+    return _summary(name, vars(config), shapes, nbytes)
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -77,20 +76,8 @@ def _summary(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...
     parts = {key: key.partition(".lora_") for key in shapes}
     ranks = {shapes[key][0] for key, (_, _, tensor) in parts.items() if tensor.split(".")[0] in ("A", "embedding_A")}
     layers = {layer if found else key.rpartition(".")[0] for key, (layer, found, _) in parts.items()}
-    base, method, pattern = (config.get(each) for each in ("base_model_name_or_path", "peft_type", "alpha_pattern"))
-    _check("base_model_name_or_path", base, isinstance(base, (str, NoneType)))
-    _check("peft_type", method, isinstance(method, str))
-    _check("alpha_pattern", pattern, isinstance(pattern, (dict, NoneType)))
-    alphas = {key: config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None}
-    alphas |= {f"alpha_pattern.{key}": each for key, each in (pattern or {}).items()}
-    for key, each in alphas.items():
-        # JSON has any number of digits, and Python also reads NaN and Infinity
-        _check(key, each, isinstance(each, (int, float)) and abs(each) <= sys.float_info.max)
-    name = Path(name).name if Path(name).is_dir() else name
-    method = str(getattr(method, "value", method))
-    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas.values()})), len(layers), base, nbytes)
-
-
-def _check(name: str, value: object, is_right: bool) -> None:
-    if not is_right:
-        raise ValueError(f"{name} = {value!r:.80}")
+    alphas = [config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None]
+    alphas += (config.get("alpha_pattern") or {}).values()
+    base, method = config["base_model_name_or_path"], config["peft_type"].value
+    base, name = base if isinstance(base, str) else None, Path(name).name if Path(name).is_dir() else name
+    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas})), len(layers), base, nbytes)

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from models import KINDS, Kind, copied, gpt2, load, save_random_adapter
 from oracle import assert_equals_fresh_load
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from refusals import refused
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from hotswap_lab import (
     AdapterPool,
@@ -69,6 +72,57 @@ def test_an_adapter_of_another_base_model_is_noted_and_warned_of_once_for_each_p
     messages = [str(each.message) for each in caught if "was made for" in str(each.message)]
     assert len(messages) == warned
     assert not warned or text in messages[0]
+
+
+def wider_for(name: str, folder: Path) -> str:
+    file = Path(adapter_for(name, folder, 5), "adapter_model.safetensors")
+    save_file({key: torch.cat([each, each], int("lora_A" in key)) for key, each in load_file(file).items()}, file)
+    return str(folder)
+
+
+@pytest.mark.parametrize("way", ["swap", "pool"])
+def test_where_the_shapes_do_not_fit_both_base_models_are_named(tmp_path, way):
+    folders = [adapter_for("team/base", tmp_path / "old", 1), wider_for("other/base", tmp_path / "new")]
+    model, both = load(KIND, folders[0]), "the adapter was made for other/base, and the model is team/base"
+    if way == "swap":
+        error = refused("does not fit", hotswap_adapter, model, folders[1])
+        assert plan_hotswap(model, folders[1]).notes == [both]
+        assert "shapes fit" not in str(plan_hotswap(model, folders[1]))
+    else:
+        error = refused("does not fit", AdapterPool, model, adapters={"new": folders[1]}, progress=False)
+    assert all(each.found.endswith(f"; {both}") for each in error.refusals)
+    same = refused("does not fit", hotswap_adapter, model, wider_for("team/base", tmp_path / "same"))
+    assert "was made for team" not in str(same)
+
+
+def test_which_of_a_family_has_what_the_others_lack(tmp_path):
+    head = dict(modules_to_save=["lm_head"])
+    folders = [save_random_adapter(KIND, tmp_path / name, 1, r=4, **how) for name, how in (("a", head), ("b", {}))]
+    for first, found in (
+        (folders[0], "b: modules_to_save, which only the loaded adapter has"),
+        (folders[1], "a: modules_to_save, which the loaded adapter lacks"),
+    ):
+        error = refused("of another kind", prepare_model_for_compiled_hotswap, load(KIND, first), adapters=folders)
+        assert [each.found for each in error.refusals] == [found]
+    config = json.loads(Path(folders[1], "adapter_config.json").read_text())
+    Path(folders[1], "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": "8"}))
+    model = load(KIND, adapter_for(None, tmp_path / "c", 1))
+    error = refused("damaged at", prepare_model_for_compiled_hotswap, model, adapters=folders[::-1])
+    assert error.refusals[0].found == "b: lora_alpha='8'"
+
+
+@pytest.mark.parametrize("labels", [3, 5])
+def test_a_head_of_other_labels_says_so(tmp_path, labels):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    folders = []
+    for number in (labels, 4):
+        base = BertForSequenceClassification(BertConfig(**sizes, num_labels=number))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+        model.save_pretrained(tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    error = refused("head for other labels", hotswap_adapter, model, folders[0])
+    assert f"for {labels} labels" in error.refusals[0].found
+    assert error.refusals[0].expected.startswith("4 labels")
 
 
 def test_a_base_model_whose_name_is_none(tmp_path):

@@ -17,8 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter as pefts_hotswap
+from peft.utils.save_and_load import load_peft_weights
 from refusals import refused
+from safetensors.torch import save_file
 
 from hotswap_lab import (
     Adapter,
@@ -33,6 +38,7 @@ from hotswap_lab import (
     save_adapter,
     waiting_at_most,
 )
+from hotswap_lab.files.reading import File
 
 SORT, SHOUT = (demo.adapter_path(name) for name in ("sort", "shout"))
 WEIGHTS = "adapter_model.safetensors"
@@ -205,6 +211,158 @@ def test_the_pool_knows_where_the_first_adapter_came_from():
     first = demo.adapter_path("reverse")
     model, _ = model_with(first, SORT)
     assert (the(model).member, the(model).source, the(model).strength) == ("reverse", first, 1)
+
+
+def again_under_its_name(model, folder: str, parameters: list) -> None:
+    config = model.peft_config["default"]  # with what a swap has noted on it
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+
+
+def by_training(model, folder: str, parameters: list) -> None:
+    for each in parameters:
+        each.requires_grad_(True)
+        each.grad = torch.ones_like(each)
+    torch.optim.SGD(parameters, lr=1e-3).step()
+    for each in parameters:
+        each.grad = None
+
+
+def in_state_dict(model, folder: str, parameters: list) -> None:
+    model.load_state_dict({key: 2 * each for key, each in get_peft_model_state_dict(model).items()}, strict=False)
+    model.load_state_dict({key: 2 * each for key, each in model.state_dict().items() if "lora_" in key}, strict=False)
+
+
+#: what replaces the weights of an adapter under its name, and tells nobody
+OTHERS = {
+    "PEFT's load_adapter": lambda model, folder, parameters: model.load_adapter(folder, "default"),
+    "deleted and added again": again_under_its_name,
+    "set_peft_model_state_dict": lambda model, folder, parameters: set_peft_model_state_dict(
+        model, load_peft_weights(folder), "default"
+    ),
+    "PEFT's hotswap": lambda model, folder, parameters: pefts_hotswap(model, folder, "default"),
+    "load_state_dict": in_state_dict,
+    "training": by_training,
+    "a write": lambda model, folder, parameters: torch.no_grad()(parameters[3].mul_)(2),
+    "a write through .data": lambda model, folder, parameters: parameters[3].data.mul_(2),
+    "the last number alone": lambda model, folder, parameters: parameters[-1].data[-1, -1].add_(1e-3),
+    "other memory": lambda model, folder, parameters: setattr(parameters[3], "data", 2 * parameters[3].data),
+}
+
+
+@pytest.mark.parametrize("way", ["plain", "prepared", "pool"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_no_file_is_named_whose_weights_are_not_in_the_model(other, way, tmp_path):
+    """It named the old one, with its hash."""
+    config, folders = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        get_peft_model(demo.load_base(), config).save_pretrained(tmp_path / f"{seed}")
+        folders.append(str(tmp_path / f"{seed}"))
+    model = PeftModel.from_pretrained(demo.load_base(), folders[1])
+    if way == "prepared":
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+    if way == "pool":
+        AdapterPool(model, adapters={"new": folders[0]}, target_rank=4, progress=False).swap("new")
+    else:
+        hotswap_adapter(model, folders[0])
+    before = the(model)
+    assert (before.source, before.member) == (folders[0], "new" if way == "pool" else None)
+    assert before.sha256 == hashlib.sha256(Path(folders[0], WEIGHTS).read_bytes()).hexdigest()
+    parameters = [each for name, each in model.named_parameters() if "lora_" in name]
+    OTHERS[other](model, folders[1], parameters)
+    now = the(model)
+    assert (now.source, now.when, now.file, now.sha256, now.member) == ("unknown", None, None, None, None)
+    if other != "deleted and added again" or way == "plain":
+        assert f"the last swap put in {folders[0]}; it can't be shown" in now.note
+    if other in ("a write through .data", "a write"):  # what is looked at is what is there
+        parameters[3].data.mul_(0.5)
+        assert (the(model).source, the(model).member, the(model).note) == (folders[0], before.member, None)
+
+
+def test_an_adapter_that_transformers_loads_itself(tmp_path):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(demo.load_base(), config).save_pretrained(tmp_path / f"{seed}")
+    model = demo.load_base()
+    model.load_adapter(str(tmp_path / "1"), adapter_name="default")
+    hotswap_adapter(model, tmp_path / "0")
+    assert the(model).source == str(tmp_path / "0")
+    model.load_adapter(str(tmp_path / "1"), adapter_name="default", hotswap=True)
+    assert the(model).source == "unknown"
+
+
+@pytest.mark.parametrize("what", ["gone", "another", "saved again"])
+def test_a_file_that_is_not_there_any_more_can_not_be_compared(what, tmp_path):
+    model, _ = demo.load("reverse")
+    folder = shutil.copytree(SORT, tmp_path / "adapter")
+    hotswap_adapter(model, folder)
+    if what == "gone":
+        shutil.rmtree(folder)
+    elif what == "another":
+        shutil.copyfile(Path(SHOUT, WEIGHTS), folder / WEIGHTS)
+    else:
+        save_adapter(model, folder)
+    assert (the(model).source, the(model).sha256) == ("unknown", None)
+    assert f"put in {folder};" in the(model).note
+    assert "can't be shown" in repr(loaded(model))
+    pool = AdapterPool(model, adapters={"sort": shutil.copytree(SORT, tmp_path / "other")}, progress=False)
+    pool.swap("sort")
+    shutil.rmtree(tmp_path / "other")
+    assert (the(model).member, the(model).source) == ("sort", str(tmp_path / "other"))  # compared with the packed one
+
+
+@pytest.mark.parametrize("name", ["DoRA and a head", "an embedding", "tokens", "bin", "key_mapping", "another dtype"])
+def test_whatever_a_file_has_is_found_in_the_model(name, tmp_path):
+    how = dict(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    if name == "DoRA and a head":
+        how |= dict(use_dora=True, modules_to_save=["lm_head"])
+    elif name == "an embedding":
+        how |= dict(target_modules=["embed_tokens", "q_proj"])
+    elif name == "tokens":
+        how |= dict(trainable_token_indices=[1, 2])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = get_peft_model(demo.load_base(), LoraConfig(**how))
+        for key, each in model.named_parameters():
+            if "modules_to_save" in key or "delta" in key:
+                torch.nn.init.normal_(each.data)
+        model.save_pretrained(tmp_path / f"{seed}")
+    folder, mapping = tmp_path / "1", {}
+    tensors = load_peft_weights(folder)
+    if name == "bin":
+        torch.save(tensors, folder / "adapter_model.bin")
+        (folder / WEIGHTS).unlink()
+    elif name == "another dtype":
+        save_file({key: each.bfloat16() for key, each in tensors.items()}, folder / WEIGHTS)
+    elif name == "key_mapping":
+        save_file({key.replace("self_attn", "attention"): each for key, each in tensors.items()}, folder / WEIGHTS)
+        mapping = dict(key_mapping={"attention": "self_attn"})
+    model = PeftModel.from_pretrained(demo.load_base(), tmp_path / "0")
+    originals = {key: each.clone() for key, each in demo.load_base().state_dict().items()}
+    hotswap_adapter(model, folder, base_weights=originals, **mapping)
+    assert (the(model).source, the(model).note) == (str(folder), None)
+    written = [each for key, each in model.named_parameters() if "default" in key][-1]
+    written.data.mul_(1.5)
+    assert the(model).source == "unknown"
+
+
+def test_of_rows_the_first_is_what_other_code_writes_to():
+    model, pool = model_with(SORT, SHOUT, target_rank=32, rows=2)
+    pool.assign(["sort", "sort"])
+    assert [row.source for row in the(model).rows] == [SORT, SORT]
+    next(each for name, each in model.named_parameters() if "lora_B" in name).data.mul_(1.5)
+    assert [(row.source, row.member) for row in the(model).rows] == [("unknown", None), (SORT, "sort")]
+
+
+def test_a_swap_that_is_logged_reads_no_file_again(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="hotswap_lab")
+    model, _ = demo.load("reverse")
+    monkeypatch.setattr(File, "is_in", None)
+    hotswap_adapter(model, SORT)
+    assert caplog.records[-1].source == SORT
 
 
 def test_another_file_has_no_hash_of_the_loaded_one(tmp_path):

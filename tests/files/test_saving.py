@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.metadata import version
@@ -32,6 +35,8 @@ from refusals import refused
 from safetensors.torch import load_file
 
 from hotswap_lab import (
+    Adapter,
+    HotswapError,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
@@ -39,7 +44,9 @@ from hotswap_lab import (
     save_adapter,
     verify_hotswap,
 )
+from hotswap_lab.files import reading
 from hotswap_lab.files import saving as saving_module
+from hotswap_lab.files.sources import LOCK
 
 LLAMA, MLP = KINDS["llama"], KINDS["linear"]
 
@@ -282,6 +289,146 @@ def test_a_save_that_fails_leaves_no_folder(tmp_path, monkeypatch):
                 with pytest.raises(OSError, match="no space"):
                     save_adapter(load(MLP, folder), tmp_path / path)
             assert_same(files_in(tmp_path), before)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("kind", ["folder", "link to a folder", "pipe"])
+def test_what_is_no_file_is_not_replaced(tmp_path, name, kind):
+    """A folder of this name was deleted with all that was in it."""
+    (folder,) = save_family(MLP, tmp_path / "made", dict(r=4))
+    there = tmp_path / "there" if kind == "link to a folder" else tmp_path / "target" / name
+    (tmp_path / "target").mkdir()
+    if kind == "pipe":
+        os.mkfifo(there)
+    else:
+        there.mkdir()
+        (there / "notes.txt").write_text("mine")
+    if kind == "link to a folder":
+        (tmp_path / "target" / name).symlink_to(there)
+    refused(f"a {name} there that is a folder, a pipe", save_adapter, load(MLP, folder), tmp_path / "target")
+    assert kind == "pipe" or (there / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("leads_to", ["file", "nowhere"])
+def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path, leads_to):
+    (folder,) = save_family(MLP, tmp_path / "made", dict(r=4))
+    (tmp_path / "file").write_text("mine")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "adapter_model.safetensors").symlink_to(tmp_path / leads_to)
+    save_adapter(load(MLP, folder), target)
+    assert_same_tensors(tensors_of(target), tensors_of(folder))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- several at once
+
+
+def test_who_comes_while_another_process_saves_is_refused(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    (folder,) = save_family(MLP, tmp_path / "made", dict(r=4))
+    model, target = load(MLP, folder), tmp_path / "target"
+    target.mkdir()
+    monkeypatch.setattr(saving_module, "PATIENCE", 0.05)
+    with open(target / LOCK, "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another process has it
+        refused("which other processes have had", save_adapter, model, target)
+    save_adapter(model, target)  # a process that was killed leaves the file, and no lock
+    assert {path.name for path in target.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The process that had it has removed the file, and a third one may have locked the next."""
+    fcntl = pytest.importorskip("fcntl")
+    real, path = fcntl.flock, tmp_path / LOCK
+
+    def removed_first(file, how):
+        path.unlink()
+        real(file, how)
+
+    with contextlib.ExitStack() as opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", removed_first)
+            assert not saving_module._is_locked(path, opened)
+        assert saving_module._is_locked(path, opened)
+
+
+@pytest.mark.parametrize("moment", ["between the files", "while one is missing"])
+def test_a_reader_gets_no_mixture(tmp_path, monkeypatch, moment):
+    """A folder is saved to while it is read: the config was one adapter's, and the weights the other's."""
+    folders = save_family(MLP, tmp_path / "made", dict(r=4, lora_alpha=3), dict(r=4, lora_alpha=8))
+    old, new = (saving_module.files_of(resolve_slot(load(MLP, each), "default")) for each in folders)
+    target, real, times = tmp_path / "target", reading.read_tensors, []
+    saving_module.save(target, *old)
+
+    def read_tensors(*arguments):
+        times.append(0)
+        if moment == "between the files" and len(times) == 1:
+            saving_module.save(target, *new)
+        elif moment == "while one is missing" and len(times) < 3:
+            (target / "adapter_model.safetensors").unlink(missing_ok=True)
+            (target / LOCK).touch()
+        elif moment == "while one is missing" and len(times) == 3:
+            (target / LOCK).unlink(missing_ok=True)
+            saving_module.save(target, *new)
+        return real(*arguments)
+
+    monkeypatch.setattr(reading, "read_tensors", read_tensors)
+    adapter = Adapter.load(target)
+    assert adapter.config.lora_alpha == 8
+    assert_same_tensors(adapter.tensors, tensors_of(folders[1]))
+    if moment == "between the files":
+
+        def always(*arguments):
+            saving_module.save(target, *new)
+            return real(*arguments)
+
+        monkeypatch.setattr(reading, "TRIES", 2)
+        monkeypatch.setattr(reading, "read_tensors", always)
+        with pytest.raises(HotswapError, match="is being replaced"):
+            Adapter.load(target)
+
+
+#: a process that saves one adapter to a folder again and again, once it is told to
+SAVES = """
+import sys
+from hotswap_lab import Adapter
+from hotswap_lab.files.saving import save
+from pathlib import Path
+target, source, times = sys.argv[1:]
+adapter = Adapter.load(source)
+print("ready", flush=True)
+input()
+for _ in range(int(times)):
+    save(Path(target), adapter.config, dict(adapter.tensors))
+"""
+
+
+@pytest.mark.parametrize("times", [30, long(1000)])
+def test_processes_that_save_to_one_folder(tmp_path, times):
+    """Each time that it is read, it has one of the two; one's config came with the other's weights."""
+    folders = save_family(MLP, tmp_path / "made", dict(r=4, lora_alpha=3), dict(r=4, lora_alpha=8))
+    expected = {3: tensors_of(folders[0]), 8: tensors_of(folders[1])}
+    target, pipes = tmp_path / "target", dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    save_adapter(load(MLP, folders[0]), target)
+    with contextlib.ExitStack() as stack:
+        command, environment = [sys.executable, "-c", SAVES, target], os.environ | {"PYTHONPATH": paths}
+        started = [
+            stack.enter_context(subprocess.Popen([*command, each, str(times)], text=True, env=environment, **pipes))
+            for each in folders
+        ]
+        assert [each.stdout.readline() for each in started] == ["ready\n"] * 2
+        for each in started:
+            each.stdin.write("\n")
+            each.stdin.flush()
+        read = 0
+        while any(each.poll() is None for each in started):
+            adapter, read = Adapter.load(target), read + 1
+            assert_same_tensors(adapter.tensors, expected[adapter.config.lora_alpha])
+        assert [each.stderr.read() for each in started] == ["", ""]
+    assert read > 3
+    assert {path.name for path in target.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("table", ["lora_A", "lora_B"])
