@@ -1,15 +1,12 @@
 """Passes for rare cases of plain LoRA: they check, note and correct what other passes have planned."""
 
-import re
-from dataclasses import replace
-
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import lora
-from .errors import Refusal, listing
+from .errors import listing
 from .host import PEFT_PREFIX, Config
 from .loaded import FITS, other_base
 from .plan import Action, Plan
@@ -18,8 +15,6 @@ from .slot import Slot
 #: layers that differ in ``fan_in_fan_out``: PEFT knows two ways to store their weights
 STORED = (nn.Linear, Conv1D)
 #: modules that PEFT puts LoRA on, including subclasses that have child modules
-#: what a refusal says that may come from an adapter of another base model
-ABOUT_BASE = re.compile("for the same base model|this base model")
 ADAPTABLE = (*STORED, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
@@ -74,15 +69,6 @@ def note_other_base(plan: Plan) -> None:
         plan.notes.append(both + FITS)
         if on_hub:
             plan.warnings.append(both + FITS)
-
-
-def with_bases(slot: Slot, config: Config, refusals: list[Refusal]) -> list[Refusal]:
-    """The refusals that advise on the base model name both: the live one, and the one that the adapter was made for."""
-    if (found := slot.once_for(config, other_base)) is None:
-        return refusals
-    are_about_it = [ABOUT_BASE.search(f"{each.expected} {each.next_step}") for each in refusals]
-    named = [replace(each, found=f"{each.found.rstrip('.')}; {found[0]}") for each in refusals]
-    return [new if is_about else old for old, new, is_about in zip(refusals, named, are_about_it, strict=True)]
 
 
 def check_prefixes(plan: Plan) -> None:

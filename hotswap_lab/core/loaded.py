@@ -14,7 +14,7 @@ from typing import Any
 
 from .adapter import BASE, ORIGIN, WHEN
 from .change import LOG
-from .errors import HotswapError
+from .errors import HotswapError, Refusal
 from .host import Config, kind_of
 from .prepared import ranks_before
 from .report import escaped, html_table
@@ -27,6 +27,8 @@ from .tensors import have_same_values
 UNKNOWN = "unknown", None, None
 #: what goes with a note that an adapter was made for another base model, if its shapes fit
 FITS = "; that the shapes fit does not make it right"
+#: what a refusal says that may come from an adapter of another base model
+ABOUT_BASE = re.compile("for the same base model|this base model")
 #: the columns of a table
 HEADER = ("adapter", "state", "now", "method", "rank", "strength", "source", "since")
 
@@ -59,7 +61,7 @@ class Loaded:
         The folder or Hub id that it was read from, and the commit on the Hub: the weights in the model are compared
         with the file, or with what a pool has packed. ``"a state dict"`` for tensors from memory, which are not there
         to be compared. ``"unknown"`` for an adapter that PEFT loaded or that was trained since the swap, and if the
-        file is gone or another one now, or the weights are spread over processes.
+        file is gone, has other weights now, or the model is spread over processes.
     when:
         When a swap put it in, or the rows were assigned; None if the source is unknown.
     file:
@@ -228,6 +230,17 @@ def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
     if made_for == name or (not on_hub and os.path.basename(made_for) == os.path.basename(name)):
         return None
     return escaped(f"the adapter was made for {made_for}, and the model is {name}"), on_hub
+
+
+def with_bases(slot: Slot, config: Config, refusals: list[Refusal]) -> list[Refusal]:
+    """The refusals that advise on the base model name both: the live one, and the one that the adapter was made for."""
+    found = slot.once_for(config, other_base)
+    return [
+        dataclasses.replace(each, found=f"{each.found.rstrip('.')}; {found[0]}")
+        if found and ABOUT_BASE.search(f"{each.expected} {each.next_step}")
+        else each
+        for each in refusals
+    ]
 
 
 def _is_hub_id(name: object) -> bool:

@@ -13,18 +13,11 @@ import torch
 from . import lora
 from .adapter import Adapter
 from .added_layers import adaptable, build_added_layers
-from .checks import (
-    check_containers,
-    check_prefixes,
-    correct_fan_in_fan_out,
-    note_missing_targets,
-    note_other_base,
-    with_bases,
-)
+from .checks import check_containers, check_prefixes, correct_fan_in_fan_out, note_missing_targets, note_other_base
 from .compiled import blind_spot, compiled_in, frozen, guards_are_skipped
 from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
-from .loaded import FITS
+from .loaded import FITS, with_bases
 from .lora_method import Lora
 from .memory import disagreeing, overlaps_in, overwritten, own_tensors
 from .method import Method

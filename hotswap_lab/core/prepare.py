@@ -20,11 +20,11 @@ from . import lora
 from .adapter import Adapter
 from .added_layers import adaptable, attach, build_added_layers
 from .change import Change
-from .checks import with_bases
 from .compiled import blind_spot, compiled_in
 from .errors import HotswapError, Refusal, listing, refusal, refused
 from .host import Config, canonical_path, carriers
 from .journal import Journal
+from .loaded import with_bases
 from .memory import overwritten
 from .method import Method
 from .planner import misfits

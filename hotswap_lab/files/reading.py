@@ -106,14 +106,14 @@ class File(NamedTuple):
     key_mapping: dict[str, str] | None = None
 
     def is_in(self, slot: Slot) -> bool:
-        """Whether all weights of the file are in the model, and no others; False if that can't be seen any more."""
+        """Whether the model has the weights that are in the file now, and no others; False if that can't be seen."""
         if any(hasattr(each, "full_tensor") for each in slot.host.base.parameters()):
             return False  # reading the whole takes a call in every process
         try:
-            found, (tensors, _) = read_tensors(Folder(os.path.dirname(self.path)), "cpu", self.key_mapping, True)
+            _, (tensors, _) = read_tensors(Folder(os.path.dirname(self.path)), "cpu", self.key_mapping, True)
             check_saved(slot, live := saved_tensors(slot, embeddings=True))
             ours, theirs = ({own_key(slot, key): each for key, each in named.items()} for named in (live, tensors))
-            if found != self or not ours.keys() <= theirs.keys():
+            if not ours.keys() <= theirs.keys():
                 return False
             base = LoadedAlone(slot).state_dict()  # a file may have base weights, too
             ours = {own_key(slot, key): each for key, each in base.items()} | ours
