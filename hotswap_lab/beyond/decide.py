@@ -3,6 +3,7 @@
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
 """
 
+import contextlib
 import copy
 import functools
 import json
