@@ -30,7 +30,7 @@ from .core.errors import HotswapError, advise, listing, refused
 from .core.report import text_table, wrapped
 from .files import ADVICE
 
-# each command imports what else it needs, since torch, transformers and PEFT take two seconds
+# each command imports what else it needs, because torch, transformers and PEFT take two seconds
 
 #: a plan has no values to add layers with
 ADD = "pass add_layers=True to add them, or load the adapter that targets the most layers first"
@@ -105,7 +105,7 @@ def plan(base: str, a: str, b: str) -> Told:
                 model.get_submodule(owner)._parameters[name] = memory
         return model
 
-    # no base weights are lost, since A's file has none
+    # no base weights are lost, because A's file has none
     found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
     if isinstance(found, FreshPlan):  # layers would get other tensors, which PEFT makes from the base's weights
         return _undecided([each for each in FORMS if len({getattr(config, each) for config in configs}) > 1])
@@ -321,7 +321,7 @@ def _main(given: list[str]) -> int:
             from .bench import main as bench
 
             return bench(given[1:])
-        given = sorted(given, key="--json".__eq__)  # last, since it may stand before the command
+        given = sorted(given, key="--json".__eq__)  # last, because it may stand before the command
         if not given or (given[0].startswith("--") and given[0] != "--help"):
             given = ["tour", *given]
         options = vars(_parser().parse_args(given))
@@ -342,7 +342,7 @@ def _main(given: list[str]) -> int:
     except SystemExit as error:
         if as_json and error.code == 2:
             print(_as_json({"ok": False, "error": "wrong use, as stderr says"}))
-        if given[:1] == ["serve"] and not error.code:  # after --help alone, since the import takes two seconds
+        if given[:1] == ["serve"] and not error.code:  # after --help alone, because the import takes two seconds
             print(f"\n{_arguments_of_serve()}")
         raise
     return {False: 1, None: 3}.get(told.get("ok", True), 0)

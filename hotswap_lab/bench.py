@@ -6,7 +6,7 @@ On the command line::
     python -m hotswap_lab.bench --model tiny --rank 4 --n 5
     python -m hotswap_lab.bench --rank 64 --json bench.json
 
-The weights are random, since their values don't affect the time of a swap. The ways take turns, a few calls each, so
+The weights are random, because their values don't affect the time of a swap. The ways take turns, a few calls each, so
 other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
 are checked first against ``PeftModel.from_pretrained`` of both. The last line of each part of the table is what the
 others are compared with: a plain copy of the same bytes, for example.

@@ -72,7 +72,7 @@ def stream(
 class LayerCache:
     """The keys and values of one layer, with rows at different places: ``positions`` is ``[rows, tokens]``.
 
-    New tokens look at the first places only, as many as ``seen`` has. It is a tensor, since a graph is compiled again
+    New tokens look at the first places only, as many as ``seen`` has. It is a tensor, because a graph is compiled again
     for another integer.
     """
 
@@ -183,7 +183,7 @@ class Reader(torch.nn.Module):
         for width in (self.chunk, 1):
             file = Path(folder, "token.pt2" if width == 1 else "chunk.pt2")
             if not file.exists():
-                # tokens that differ, since the code is proven on them
+                # tokens that differ, because the code is proven on them
                 ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
                 inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
                 aoti_compile(self, file, kwargs=inputs, progress=progress)
@@ -251,7 +251,7 @@ class Reader(torch.nn.Module):
 
         The model reads the longest text once, so this takes as long as that. The batches have other sizes than
         ``rows``, so all rows of a pool must have the same adapter. It is also False where the model's config says that
-        a text of this length is computed in another way, since half precision may hide that.
+        a text of this length is computed in another way, because half precision may hide that.
         """
         config = self._lm.config.get_text_config()
         names = ("sliding_window", "attention_chunk_size", "window_size", "keep_window_size")

@@ -251,7 +251,7 @@ def _read(
 
 
 def commit(*plans: Plan) -> None:
-    """Carry out one plan; or several, all of them or none, such as the components of a pipeline with an adapter each.
+    """Apply one or more plans atomically, such as one for each component of a pipeline.
 
     Parameters
     ----------
@@ -355,7 +355,7 @@ def prepare_model_for_compiled_hotswap(
     Muon also look at the zeros beyond the adapter's rank, so their steps differ from those in an unprepared model.
     FSDP2's ``fully_shard`` refuses such views: shard a model that isn't prepared. PyTorch's ``parameters_to_vector``
     fails on them: use ``torch.cat([each.reshape(-1) for each in parameters])``, and ``each.data.copy_`` to write back,
-    since ``vector_to_parameters`` moves parameters out of that memory, after which a pool refuses to swap.
+    because ``vector_to_parameters`` moves parameters out of that memory, after which a pool refuses to swap.
 
     The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
     (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it

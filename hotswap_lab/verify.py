@@ -379,7 +379,7 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
 
 
 def _comparable(value: object) -> object:
-    """A list of names as a set, even an empty one, since PEFT makes sets of these for some architectures."""
+    """A list of names as a set, even an empty one, because PEFT makes sets of these for some architectures."""
     return set(value) if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value) else value
 
 

@@ -38,7 +38,7 @@ ERROR = "object (has no|is not|does not) |Error on |failed on source |index out 
 class RecompileError(AssertionError):
     """A recompile happened under ``RecompileWatch(allow=...)``. Its text has the reason.
 
-    An ``AssertionError``, since PyTorch's compiler lets these through, and only adds an empty line.
+    An ``AssertionError``, because PyTorch's compiler lets these through, and only adds an empty line.
 
     Examples
     --------
@@ -103,7 +103,7 @@ class RecompileWatch:
     ----------
     allow:
         The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
-        With a number, a block in which no compiled code runs ends with a warning, since it shows nothing.
+        With a number, a block in which no compiled code runs ends with a warning, because it shows nothing.
 
     Raises
     ------

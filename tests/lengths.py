@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-#: how many times as much those tests do that try to break a promise: ``TIMES=20 pytest -m long tests/robustness``
+#: ``TIMES=20 pytest -m long tests/robustness`` runs 20 times as many cases of the tests that try to break a promise
 TIMES = int(os.environ.get("TIMES", "1"))
 
 

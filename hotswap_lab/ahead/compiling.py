@@ -63,7 +63,7 @@ def aoti_compile(
     repeated_blocks:
         Compiles only the layers of which a model has many, each kind of them once. That takes seconds where the whole
         model takes minutes, and is a little slower. What is around them is computed as without compiling. Each layer is
-        exported, since only layers with the same graph and constants share code.
+        exported, because only layers with the same graph and constants share code.
     progress:
         Prints what it took, and which sizes a call may have if some are dynamic.
 

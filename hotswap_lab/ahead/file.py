@@ -74,7 +74,7 @@ def noted(given: Mapping[str, Any]) -> tuple[Any, Tensors]:
     plain = [each.device.type if isinstance(each, torch.Tensor) else each for each in leaves]
     try:
         note = json.loads(json.dumps([compat.treespec_dumps(form), plain]))
-    except Exception:  # of many kinds, since any class can be a part of the inputs
+    except Exception:  # of many kinds, because any class can be a part of the inputs
         return None, {}
     return note, {key: each.detach().clone(memory_format=torch.contiguous_format) for key, each in values.items()}
 

@@ -176,7 +176,7 @@ class Bound:
         self.writes: bool = notes.get("writes", True)
         self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
         self.places: list[Place] = [places[key] for key in forms]
-        #: kept, since the code has nothing but their addresses
+        #: kept, because the code has nothing but their addresses
         self.tensors: Tensors = {key: tensors[key].detach() for key in forms}
         self.tensors |= {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
         # torch's own load_package runs a compiler first, to find out what the processor can do

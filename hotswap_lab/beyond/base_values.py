@@ -30,7 +30,7 @@ from .base_twin import base_tensors
 
 #: attribute of a base model: for each adapter, the originals of the weights that it overwrote, by weight name
 ORIGINALS = "hotswap_base_values"
-#: among the names of weights whose originals are lost: any weight, since the caller has not passed the originals
+#: among the names of weights whose originals are lost: any weight, because the caller has not passed the originals
 ANY = "*"
 
 
@@ -202,7 +202,7 @@ def _is_comparable(weight: torch.Tensor) -> bool:
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
-    """Names of the weights of embeddings that have the adapter, since PEFT saves those; none if it trains tokens."""
+    """Names of the weights of embeddings that have the adapter, because PEFT saves those; none if it trains tokens."""
     config = host.configs[adapter_name]
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return

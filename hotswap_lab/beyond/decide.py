@@ -144,7 +144,7 @@ def change_from_graft(plan: FreshPlan) -> Change:
     tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
     write_scalings(change, tables, slot.adapter_name, values)
     change.resizes += [(each, new.to(each.device, each.dtype, copy=True).contiguous()) for each, new in graft.resizes]
-    # cloned, since the change overwrites the base model's values
+    # cloned, because the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
     change.steps += [functools.partial(clear_gradients, written), *graft.steps]

@@ -135,7 +135,7 @@ class _Comparison:
     taken, so the head gets a copy of ``W`` (``tests/beyond/test_memory.py``, ``test_pairs_on_a_tied_base``, from
     "saved, tied" to "saved").
 
-    The keys are ids since tensors compare by value, and since ``live_of`` is the memo of ``copy.deepcopy`` in
+    The keys are ids because tensors compare by value, and because ``live_of`` is the memo of ``copy.deepcopy`` in
     :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
     """
 

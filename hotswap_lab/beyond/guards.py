@@ -47,7 +47,7 @@ def compilers_kept() -> Iterator[None]:
     """Restore the environment variables that name the compilers.
 
     If PEFT's BOFT can't build its extension, it leaves ``CXX=gcc`` behind. Code that ``torch.compile`` then builds
-    can't be loaded, since it is linked without the C++ library.
+    can't be loaded, because it is linked without the C++ library.
     """
     before = {name: os.environ[name] for name in COMPILERS if name in os.environ}
     try:

@@ -98,7 +98,7 @@ class _Offable:
 
 @functools.cache
 def offable(original: type) -> Any:
-    """A variant of DoRA that can be off; all layers share it, since a variant has no state."""
+    """A variant of DoRA that can be off; all layers share it, because a variant has no state."""
     return type(original.__name__, (_Offable, original), {"hotswap_original": original})()
 
 

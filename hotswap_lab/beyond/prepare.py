@@ -56,7 +56,7 @@ def rank_for(config: object, path: str) -> int:
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:
-    """Turn scalings into tensors, since a compiled graph would take a Python number for a constant."""
+    """Turn scalings into tensors, because a compiled graph would take a Python number for a constant."""
     name = slot.adapter_name
     for layer in slot.layers:
         scaling, parameter = layer.module.__dict__.get("scaling", {}).get(name), layer.tensors[0].parameter

@@ -85,7 +85,7 @@ def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
 
 
 def _frozen_twin(module: torch.nn.Module) -> torch.nn.Module:
-    """A second module around the same memory, since PEFT freezes the parameters of the module that it gets."""
+    """A second module around the same memory, because PEFT freezes the parameters of the module that it gets."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
     twin._parameters = dict(module._parameters)

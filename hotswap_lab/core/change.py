@@ -23,7 +23,7 @@ from .journal import Journal, interrupts_held
 
 LOG = logging.getLogger("hotswap_lab")
 Step = Callable[[Journal], object]
-#: an object that is another one after each change of any model or pool, for code that shows them: it looks later
+#: replaced after every change of any model or pool, so that displays can poll it
 LATEST: list[object] = [None]
 #: in a block of :func:`together`, the changes so far, each with what tells of it
 _COLLECTED: ContextVar[list[tuple[Sequence["Change"], Any]] | None] = ContextVar("hotswap_lab_collected", default=None)
@@ -203,7 +203,7 @@ def mark_changed(tables: Sequence[dict[str, Any]], journal: Journal) -> None:
 
 
 def clear_gradients(parameters: Iterable[torch.nn.Parameter], journal: Journal) -> None:
-    """Remove gradients, since those of the old adapter's weights say nothing about the new one's."""
+    """Remove gradients, because those of the old adapter's weights say nothing about the new one's."""
     for parameter in parameters:
         if parameter.grad is not None:
             journal.set_attribute(parameter, "grad", None)

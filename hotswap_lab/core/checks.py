@@ -61,7 +61,7 @@ def note_missing_targets(plan: Plan) -> None:
 def note_other_base(plan: Plan) -> None:
     """Add a note if the adapter's config names another base model than the live one.
 
-    It is not a refusal, since a fine-tune or a copy may fit, too. It is also a warning if both names are ids of Hub
+    It is not a refusal, because a fine-tune or a copy may fit, too. It is also a warning if both names are ids of Hub
     repositories.
     """
     if found := plan.slot.once_for(plan.adapter.config, other_base):

@@ -13,7 +13,7 @@ from .tensors import SlotTensor
 
 
 class Method:
-    """A PEFT method, or several that are alike. Slots have no type here, since a slot holds its method."""
+    """A PEFT method, or several that are alike. Slots have no type here, because a slot holds its method."""
 
     #: prepares a slot without common memory, tensor by tensor; None: the slot gets a room. Takes the slot, the rank to
     #: make room for (or None), and the family of adapters

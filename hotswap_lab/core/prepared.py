@@ -254,7 +254,7 @@ def move_and_keep_off(layer: Any, method: Method, *args: Any, **kwargs: Any) -> 
 def merge_what_is_on(
     layer: Any, method: Method, safe_merge: bool = False, adapter_names: list[str] | None = None
 ) -> None:
-    """PEFT's ``merge`` of a layer, without adapters that are off there, since a fresh load's layer doesn't have them.
+    """PEFT's ``merge`` of a layer, without adapters that are off there, because a fresh load's layer doesn't have them.
 
     PEFT notes what is merged into a layer, and skips all other adapters there as long as something is.
     """

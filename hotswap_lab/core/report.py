@@ -21,7 +21,7 @@ def readable_bytes(count: int) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text with its unprintable characters escaped, since names from files could upset a terminal.
+    """A text with its unprintable characters escaped, because names from files could upset a terminal.
 
     >>> escaped("red\\x1b[31m")
     'red\\\\x1b[31m'

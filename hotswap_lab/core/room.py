@@ -179,7 +179,7 @@ class Room:
         return self._versions_now() != self._versions
 
     def _versions_now(self) -> int:
-        """The sum of all version counters. It shows any write, since no counter ever decreases."""
+        """The sum of all version counters. It shows any write, because no counter ever decreases."""
         return 0 if self.slot.is_inference else sum([parameter._version for parameter in self._parameters])
 
     def _note_write(self, journal: Journal) -> None:

@@ -96,7 +96,7 @@ OfLayers = Sequence[LayerSettings | None]
 SETTINGS = tuple(SimpleNamespace(name=each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
 SCALAR_TABLES: dict[str, str] = {each.table: each.name for each in SETTINGS if each.table}
-#: and the rules of the settings that may differ between layers, by the field that says so
+#: rules for per-layer pattern fields, by the name of the field
 PATTERNS: dict[str, Rule] = {each.pattern: each.rule for each in SETTINGS if each.pattern}
 
 

@@ -134,7 +134,7 @@ class Slot:
         tables: list[dict[str, Any]] = [module._modules for module in self.modules]
         known = set(self.modules)
         links = [(table, name, child) for table in tables for name, child in table.items() if child in known]
-        parameters = iter(self.parameters)  # worked out now, since code such as pruning may take one out of its table
+        parameters = iter(self.parameters)  # worked out now, because code such as pruning may take one out of its table
         for layer in self.layers:
             for tensor in layer.tensors:
                 table: Any = layer.module._modules[tensor.named_key.partition(".")[0]]
@@ -166,7 +166,7 @@ class Slot:
         return True
 
     def _by_module(self) -> dict[torch.nn.Module, list[tuple[str, int]]]:
-        """Each layer's parameters: names and ids. A dict, since reserved layers are last, wherever they are."""
+        """Each layer's parameters: names and ids. A dict, because reserved layers are last, wherever they are."""
         ids = iter([id(parameter) for parameter in self.parameters])
         return {layer.module: [(tensor.named_key, next(ids)) for tensor in layer.tensors] for layer in self.layers}
 
@@ -315,7 +315,7 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
 
 
 def has_been_swapped(base: torch.nn.Module, adapter_name: str) -> bool:
-    """Whether a swap or a preparation has noted on this adapter's config; if not, another model's may have."""
+    """Whether this model, not another one, wrote the notes on the adapter's config."""
     return adapter_name in base.__dict__.get(SLOTS, {})
 
 

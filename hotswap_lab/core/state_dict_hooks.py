@@ -80,7 +80,7 @@ def _show_own(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict
         if is_trimmed:
             value = tensor.own(value, rank).reshape(tensor.shape_for(rank))
         if not keep_vars:  # with keep_vars, the caller wants the model's own memory
-            # safetensors requires contiguous tensors; a view is cloned, since torch.save writes the memory around it
+            # safetensors requires contiguous tensors; a view is cloned, because torch.save writes the memory around it
             value = value.clone(memory_format=torch.contiguous_format) if is_trimmed else value.contiguous()
         state_dict[key] = value
 

@@ -13,9 +13,9 @@ from .change import Change
 SCALING = "hotswap_scaling_"
 #: the attribute of a layer with the adapters that are turned off there
 OFF_ATTRIBUTE = "hotswap_off"
-#: and the one with the adapters that are prepared there: their own rank is ``layer.r``, whatever their tensors' size
+#: the attribute that lists a layer's prepared adapters: their own rank is ``layer.r``, whatever their tensors' size
 PREPARED_ATTRIBUTE = "hotswap_prepared"
-#: and the one with the adapters whose ``lora_variant`` belongs to a room: copies and other processes can't have it
+#: the attribute that lists the adapters whose ``lora_variant`` belongs to a room: copies and other processes can't have it
 ROOM_ATTRIBUTE = "hotswap_in_room"
 
 
@@ -99,7 +99,7 @@ class SlotTensor:
     @property
     def capacity(self) -> int | None:
         """The rank that the parameter has room for; more than the adapter's own rank where it is padded."""
-        # rank_of(parameter.shape) inlined, since every swap does this for each layer
+        # rank_of(parameter.shape) inlined, because every swap does this for each layer
         return None if self.rank_axis is None else self.owner._parameters[self.name].shape[self.rank_axis]
 
     def rank_of(self, shape: Sequence[int]) -> int | None:

@@ -102,7 +102,7 @@ def load(adapter: str) -> tuple[torch.nn.Module, object]:
 def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -> list[str]:
     """The model's answer to each word, decoded greedily.
 
-    It also works with a compiled wrapper, since it only calls ``model(...)``, never a method of the model's class.
+    It also works with a compiled wrapper, because it only calls ``model(...)``, never a method of the model's class.
     """
     batch = tokenizer([word + SEPARATOR for word in words], return_tensors="pt", padding=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]

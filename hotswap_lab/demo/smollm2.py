@@ -96,7 +96,7 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
     if all(isinstance(each, str) for each in cached):
         return Source("hub", Path(cached[0]).parent)
-    # found without an import, since the package is a plugin for a program that isn't needed here
+    # found without an import, because the package is a plugin for a program that isn't needed here
     spec = importlib.util.find_spec(GGUF_MODULE)
     for folder in spec.submodule_search_locations or () if spec else ():
         for file in Path(folder).glob("*.gguf"):
@@ -108,7 +108,7 @@ def _download() -> Source:
     from huggingface_hub import hf_hub_download, model_info
 
     try:
-        # one request before, since a download would retry for half a minute and print each time
+        # one request before, because a download would retry for half a minute and print each time
         there = {file.rfilename for file in model_info(MODEL_ID, timeout=HUB_PATIENCE).siblings}
         paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
         return Source("hub", Path(paths[0]).parent)
@@ -180,7 +180,7 @@ def dequantized(file: Path) -> Path:
 def convert(file: Path, folder: Path) -> None:
     """Save config, tokenizer and weights of a GGUF file as an ordinary model folder.
 
-    It runs in a process of its own, since transformers shows a progress bar and has the model in memory twice.
+    It runs in a process of its own, because transformers shows a progress bar and has the model in memory twice.
     """
     command = [sys.executable, "-m", __name__, file.resolve(), folder]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -135,7 +135,7 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     is_path = os.path.exists(name) or not isinstance(source, str) or not REPOSITORY.fullmatch(name)
     if is_path and not arguments:
         return Folder(name)
-    repository = find_repository(name, arguments)  # also for a folder, since it checks the arguments
+    repository = find_repository(name, arguments)  # also for a folder, because it checks the arguments
     return Folder(name, str(arguments.get("subfolder") or "")) if is_path else repository
 
 

@@ -91,7 +91,7 @@ def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Te
     # PEFT takes these from the layers, for all adapters, so those of the others are removed here
     strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
     own = {key: tensor.detach() for key, tensor in tensors.items() if not key.endswith(strange)}
-    # one at a time, since the whole of all may need more memory than this device has
+    # one at a time, because the whole of all may need more memory than this device has
     return {key: _whole(each).cpu().clone(memory_format=torch.contiguous_format) for key, each in own.items()}
 
 

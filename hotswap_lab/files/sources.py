@@ -108,5 +108,5 @@ def read_config(place: Folder) -> PeftConfig:
         return config_class.from_peft_type(**config_class.check_kwargs(**attributes))
     except HotswapError:
         raise
-    except Exception as error:  # of any type, since PEFT doesn't check a config that it reads from a file
+    except Exception as error:  # of any type, because PEFT doesn't check a config that it reads from a file
         raise refused("config_unreadable", source=place.name, error=error) from error

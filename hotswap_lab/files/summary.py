@@ -43,7 +43,7 @@ def summary_of(source: str | Path) -> Summary:
     >>> summary.method, summary.ranks, summary.layers
     ('LORA', (6, 16, 24), 28)
     """
-    # here, since these import torch
+    # here, because these import torch
     from ..core.settings import damaged_values
     from .reading import Adapter, find_source
     from .sources import read_config

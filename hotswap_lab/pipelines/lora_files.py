@@ -118,7 +118,7 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
         return converted
 
     stand_in = object.__new__(type(pipe))
-    # through __dict__, since setting an attribute of a pipeline also changes its config
+    # through __dict__, because setting an attribute of a pipeline also changes its config
     components = {name: _noting(name, model, handed) for name, model in components_of(pipe).items()}
     # diffusers leaves the hooks of offloading alone if hf_device_map is not None
     stand_in.__dict__.update(pipe.__dict__, **components, lora_state_dict=lora_state_dict, hf_device_map={})

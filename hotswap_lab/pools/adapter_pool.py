@@ -81,7 +81,7 @@ class AdapterPool:
     rows:
         The largest batch in which each row may have its own adapter (:meth:`assign`). The model's memory for adapters
         gets that many times as large, and each adapter takes the memory of the highest rank. Not for a model whose
-        memory is shared with other processes, since these don't know what is assigned.
+        memory is shared with other processes, because these don't know what is assigned.
     check_compiled:
         What to do if the model is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``. Its next
         call compiles once more then.
@@ -89,7 +89,7 @@ class AdapterPool:
         Whether to show a progress bar while adapters are read.
     base_weights:
         The base model's own values by name, as for :func:`hotswap_lab.hotswap_adapter`. Needed if the file of an
-        adapter has base weights, such as embeddings, since PEFT may have overwritten the model's with them; ``{}`` if
+        adapter has base weights, such as embeddings, because PEFT may have overwritten the model's with them; ``{}`` if
         it has not. If the model's differ from these, they are restored, and the loaded adapter is turned off.
     **hub:
         ``revision``, ``token`` and the other arguments of ``huggingface_hub.hf_hub_download``.
@@ -171,7 +171,7 @@ class AdapterPool:
         for name, source in tqdm(adapters, desc="packing", unit="adapter") if progress else adapters:
             self._members.add(name, source)
             packed = self._members[name].packed
-            # checked now, since the next adapters may cause this one to be dropped
+            # checked now, because the next adapters may cause this one to be dropped
             if packed and not is_known and is_in(self._room, packed):
                 is_known, self._room.state = True, packed.state
 
@@ -373,7 +373,7 @@ class AdapterPool:
                     change.steps += steps
                     apply([change], tell=self._tell)
         except HotswapError:
-            with self._told(name):  # only here, since entering it takes time
+            with self._told(name):  # only here, because entering it takes time
                 raise
 
     def off(self) -> None:

@@ -64,7 +64,7 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
 
 
 def _of_mix(rank: int) -> LayerSettings:
-    """The settings of a mix: a scaling of one, since those of its shares are in its weights."""
+    """The settings of a mix: a scaling of one, because those of its shares are in its weights."""
     return LayerSettings(rank=rank, alpha=rank, use_rslora=False, dropout=0.0)
 
 

@@ -204,7 +204,7 @@ def _are_as_expected(found: torch.Tensor, none: torch.Tensor, all_rows: torch.Te
 
 
 def _own(value: Any, lengths: torch.Tensor | None = None) -> Any:
-    """A copy of an input, since a forward may write to it: to a cache, or to a list of states.
+    """A copy of an input, because a forward may write to it: to a cache, or to a list of states.
 
     With ``lengths``, each row's share of the longest (``[total]``, from 0 to 1), rows get other numbers of tokens.
     """

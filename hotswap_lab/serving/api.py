@@ -298,7 +298,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         for name, value in asked.others():
             if value is None or name in IGNORED or value in nothing.get(name, ()):
                 continue
-            # 0.85, since no field of another server is that close to one of ours
+            # 0.85, because no field of another server is that close to one of ours
             if meant := get_close_matches(name.lower(), type(asked).model_fields, 1, 0.85):
                 raise refused("misspelled_field", field=name, meant=meant[0])
             known = " or ".join(map(json.dumps, [None, *nothing.get(name, ())]))

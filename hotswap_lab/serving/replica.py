@@ -180,7 +180,7 @@ class Replica:
             longest = max(4, options.longest_prompt + options.longest_answer)  # agrees() reads four tokens
             reader = Reader(self.pool.model, rows=rows, chunk=min(CHUNK, options.longest_prompt), longest=longest)
             agrees = reader.agrees()
-        except Exception as error:  # of many kinds, since models use a cache in different ways
+        except Exception as error:  # of many kinds, because models use a cache in different ways
             reader, agrees, reason = None, False, first_line(error)
         if reader is None or not agrees:
             if options.compile or options.package:
@@ -386,7 +386,7 @@ class Replica:
             with _failing([answer]):
                 if not are_numbers[row]:
                     raise refused("no_numbers")
-                self.counts["tokens"] += 1  # before its piece is there, since who got that may count
+                self.counts["tokens"] += 1  # before its piece is there, because who got that may count
                 tokens[row] = answer.take(logits[row], tokens[row])
         return tokens
 

@@ -175,7 +175,7 @@ class Register:
                     return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:
-        """The table in force: the caller's, if it is a later one, since this register may have been restarted."""
+        """The table in force: the caller's, if it is a later one, because this register may have been restarted."""
         self.table = self.table.or_later(table)
         return self.table
 

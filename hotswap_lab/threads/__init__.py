@@ -120,7 +120,7 @@ def in_use_now(model: object) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Refuse swaps in this block that would have to wait longer for threads that compute, or that swap.
+    """Limit how long swaps in this block wait for other threads.
 
     Parameters
     ----------

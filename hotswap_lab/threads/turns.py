@@ -4,7 +4,7 @@ Each model has one lock, held for microseconds, and one queue in the order of ar
 a task. Where nobody else can end the block in the way, an entry is refused at once.
 
 A turn belongs to a block, not to a thread. Code is *inside* of a block if the frame that owns the block is on its
-stack. The owner is the innermost generator or task at the entry, since their frames go to sleep with the block open,
+stack. The owner is the innermost generator or task at the entry, because their frames go to sleep with the block open,
 and others run meanwhile. Where there is none, the block belongs to the thread, as far as a context variable is passed
 on: a thread of a pool runs other requests meanwhile. Say one thread sends two answers, a token of each in turn::
 
@@ -336,7 +336,7 @@ def note(entry: Entry) -> None:
 def owner_of(frame: FrameType | None) -> FrameType | None:
     """The innermost frame of a generator, or of a task, on a stack; None if there is none.
 
-    Generators that contextlib runs don't count, since their block ends where it was entered. Of coroutines that await
+    Generators that contextlib runs don't count, because their block ends where it was entered. Of coroutines that await
     one another, the outermost counts: all of them are the same task.
     """
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Handling clicks in the order in which they were made, since a kernel may deliver them in another order.
+"""Handling clicks in the order in which they were made, because a kernel may deliver them in another order.
 
 JupyterLab 4.4 and later send clicks to a subshell, a thread of the kernel that doesn't wait for cells. ipykernel 7.4
 delivers each to the thread that last sent something to the clicked control instead (``Comm._reply_subshell_for``). If
@@ -16,7 +16,7 @@ class Clicks:
     """Accepts clicks, except those that are older than one that was accepted before.
 
     The message of a click has the time at which it was made, by the page's clock, and the page's session. Clicks are
-    ordered only within a session, since the clocks of two pages may differ. Calls from Python are always accepted.
+    ordered only within a session, because the clocks of two pages may differ. Calls from Python are always accepted.
 
     >>> clicks = Clicks()
     >>> clicks.take(lambda: print("taken"))

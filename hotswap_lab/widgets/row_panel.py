@@ -90,7 +90,7 @@ class RowPanel(WorkingView):
         adapters, runs = list(self.adapters), self._now()
         with contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
-            # a new context for each try, since one that timed out can't be entered again
+            # a new context for each try, because one that timed out can't be entered again
             self.swaps.append(self._when_free(lambda: stack.enter_context(self.pool.assigned(adapters))))
             self.doing = "answering all rows in one call"
             given = self.generate([run.prompt for run in runs])
@@ -157,4 +157,4 @@ class RowPanel(WorkingView):
             answer.value = LARGE.format("hotswap-old" * (run != request), f"{run.chip} {run.shown}")
 
     def _refresh_body(self) -> None:
-        """Do nothing, since the live form shows each answer in its row."""
+        """Do nothing, because the live form shows each answer in its row."""

@@ -270,4 +270,4 @@ class SwapPanel(WorkingView):
         return "".join(rules)
 
     def _refresh_body(self) -> None:
-        """Do nothing, since the answer and the map are next to the controls."""
+        """Do nothing, because the answer and the map are next to the controls."""

@@ -54,7 +54,7 @@ def text_stream(
         limit = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
         past = {}
 
-        # for each call, since a generator must not turn its caller's gradients off between two tokens
+        # for each call, because a generator must not turn its caller's gradients off between two tokens
         @torch.no_grad()
         def logits_after(ids: torch.Tensor) -> torch.Tensor:
             output = model(input_ids=ids[None], **past, use_cache=True)

@@ -170,7 +170,7 @@ class WorkingView(View):
     def _job(self) -> None:
         (grad, inference), waiting, self._next = self._modes, self._next, None
         try:
-            # the widget shows the error, since this thread has no caller to raise it to
+            # the widget shows the error, because this thread has no caller to raise it to
             with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
                 self._do(waiting[1] if waiting else lambda: None)
         finally:
