@@ -15,7 +15,7 @@ SCALING = "hotswap_scaling_"
 OFF_ATTRIBUTE = "hotswap_off"
 #: the attribute that lists a layer's prepared adapters: their own rank is ``layer.r``, whatever their tensors' size
 PREPARED_ATTRIBUTE = "hotswap_prepared"
-#: the attribute that lists the adapters whose ``lora_variant`` belongs to a room: copies and other processes can't have it
+#: the attribute that lists adapters whose ``lora_variant`` belongs to a room: copies and other processes lack it
 ROOM_ATTRIBUTE = "hotswap_in_room"
 
 

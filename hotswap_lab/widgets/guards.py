@@ -28,7 +28,7 @@ GUARD = re.compile(r"_MATCH: (\S*['.](lora_\w+|scaling)['.\[][^,\s]*)(?:, .*size
 class Guards(WorkingView):
     """A checklist for each of some models: what its graph is guarded by, and which guards the last swap broke.
 
-    Each model is compiled with graphs of its own, and without generating code, because the guards are the same. A click swaps
+    Each model is compiled with graphs of its own, and without generating code: the guards are the same. A click swaps
     an adapter into all of them, and calls each a few times. The guards that no longer held are red, with the time of
     the call that compiled again. Below is the time of each call.
 

@@ -146,7 +146,7 @@ def test_more_room_in_a_compiled_model_costs_one_recompile(tmp_path, fresh_compi
 
 @pytest.mark.long
 def test_what_is_passed_in_the_wrong_place(model, pool, sources):
-    refused(r"not a name(.|\n)*as a dict(.|\n)*adapters=\{name: folder", AdapterPool, model, {"b": sources["b"]})
+    refused(r"must be a string(.|\n)*as a dict(.|\n)*adapters=\{name: folder", AdapterPool, model, {"b": sources["b"]})
     for adapters, kind in ((sources["b"], "str"), ([sources["b"]], "list")):
         refused(f"no names(.|\n)*as a {kind}(.|\n)*a dict", AdapterPool, model, adapters=adapters)
     refused(r"a state dict(.|\n)*a str(.|\n)*Adapter.load\(folder\)", pool.update, "b", sources["b"])
