@@ -31,6 +31,7 @@ from torch import nn
 import hotswap_lab
 from hotswap_lab import AdapterPool, HotswapError, aoti_compile, aoti_load, hotswap_adapter
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
+from hotswap_lab.ahead import loading
 from hotswap_lab.ahead.file import read
 from hotswap_lab.generating import Reader
 
@@ -219,7 +220,7 @@ def test_what_a_call_may_be_is_said_when_it_is_compiled(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("repeated", [long(False), True])
-def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
+def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated, monkeypatch):
     """The number of rows stays dynamic, and each row has its own embeddings."""
     kind = Kind(LLAMA.make_random, LLAMA.make_inputs, ("embed_tokens", "q_proj"))
     folders = {name: save_random_adapter(kind, tmp_path / name, seed) for seed, name in enumerate("ab", 1)}
@@ -238,6 +239,12 @@ def test_rows_and_an_adapter_on_embeddings(tmp_path, repeated):
             expected = call(load(kind, folders[name]), dict(input_ids=given[None]))[0]
             assert_close(row, expected)
     refused("not made of the rows", lambda _: ahead(**ids(3)), pool)
+    notes, values = loading.read(path)  # as an older release has written them
+    monkeypatch.setattr(loading, "read", lambda _: (notes | {"rows": [4, 1]}, values))
+    pool.swap("a")
+    older = bind(path, pool)
+    pool.assign([*"abba"])
+    assert torch.equal(older(**ids(4)).logits, actual)
     refused("AdapterPool", lambda model: bind(path, model), load(kind, folders["a"]))
     two = AdapterPool(load(kind, folders["a"]), adapters=folders, rows=2, base_weights={}, progress=False)
     refused(r"2 rows\n.*rows=4", lambda pool: bind(path, pool), two)

@@ -111,7 +111,7 @@ class AheadModel:
             raise refused("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
         copies: Any = notes["rows"][1] if notes["rows"] else ONCE
         if isinstance(copies, int):  # a file of an older release, in which each kind of model had one order
-            copies = Copies.in_order(copies, self._batch.is_tiled)
+            copies = (copies, 1) if self._batch.is_tiled else (1, copies)
         self._copies: Copies = Copies(*copies)
         _check_facts(facts_of(self._top, [at for graph in notes["graphs"] for at in graph["paths"]]), notes["facts"])
         bound: dict[str, Bound] = {}

@@ -451,7 +451,7 @@ class AdapterPool:
                 packed = self._all_packed(adapters)
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
                 is_tiled = order == "tile" or (order is None and room.batch.is_tiled)
-                change = room.change_rows(rows, Copies.in_order(copies, is_tiled))
+                change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(each=copies))
                 change.steps += steps
                 apply([change], tell=self._tell)
 

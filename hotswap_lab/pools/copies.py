@@ -29,11 +29,6 @@ class Copies(NamedTuple):
         """The number of times that a batch has each row."""
         return self.all * self.each
 
-    @classmethod
-    def in_order(cls, count: int, is_tiled: bool) -> Copies:
-        """So many copies of each row, in one of the two orders."""
-        return cls(all=count) if is_tiled else cls(each=count)
-
     def __str__(self) -> str:
         orders = (self.each, "interleave"), (self.all, "tile")
         return "".join([f", {number} times in order {order!r}" for number, order in orders if number > 1])

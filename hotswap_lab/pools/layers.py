@@ -82,17 +82,16 @@ class RowVariant(LoraVariant):
             a, b, scaling = found
             count = len(scaling)
             repeats = batch.times_of(x.shape[0]) if count > 1 else 1
-            block = x.shape[0] // (count * repeats)
-            if repeats * count * block != x.shape[0]:
+            block, rest = divmod(x.shape[0], count * repeats)
+            if rest:
                 raise refused("rows_not_in_layer", paths=self.path, found=f"an input of shape {tuple(x.shape)}")
         else:
             return result
         if x.is_floating_point():
             x = module.lora_dropout[active_adapter](x)
-        if repeats == 1:
-            x = x.unflatten(0, (count, block))
-        else:
-            x = x.unflatten(0, (repeats, count, block)).transpose(0, 1).flatten(1, 2)
+        if repeats > 1:
+            x = x.unflatten(0, (repeats, count, block)).transpose(0, 1).flatten(0, 2)
+        x = x.unflatten(0, (count, repeats * block))
         inner = self.times_a(module, x, a)
         scaling = scaling.to(torch.promote_types(inner.dtype, torch.float32))
         delta = times((inner.flatten(1, -2) * scaling[:, None, None]).to(inner.dtype), b)

@@ -95,7 +95,7 @@ def test_chosen_and_rejected_answers(kind, folders, compiled, fresh_compiler):
             assert all((found[number] - other).abs().max() > 1e-3 for other in others)
         with pool.assigned(ROWS[:2]):
             assert pool._room.batch.copies == ONCE
-        assert pool._room.batch.copies == Copies.in_order(2, options is TILE)
+        assert pool._room.batch.copies == (Copies(2) if options is TILE else Copies(each=2))
 
 
 @pytest.mark.parametrize(
