@@ -13,11 +13,12 @@ function readTensors(buffer) {
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)))
   delete header.__metadata__
   const read = ([name, { dtype, shape, data_offsets: [start, end] }]) => {
-    const bytes = buffer.slice(8 + length + start, 8 + length + end)
-    if (dtype === "F32") return [name, { shape, data: new Float32Array(bytes) }]
+    const from = 8 + length + start  // the header's length is a multiple of 8
+    if (dtype === "F32") return [name, { shape, data: new Float32Array(buffer, from, (end - start) / 4) }]
     if (dtype !== "BF16") throw new Error(`${name} is ${dtype}: this page reads F32 and BF16`)
     // a bfloat16 is the upper half of a float32
-    return [name, { shape, data: new Float32Array(Uint32Array.from(new Uint16Array(bytes), half => half << 16).buffer) }]
+    const halves = new Uint16Array(buffer, from, (end - start) / 2)
+    return [name, { shape, data: new Float32Array(Uint32Array.from(halves, half => half << 16).buffer) }]
   }
   return Object.fromEntries(Object.entries(header).map(read))
 }
@@ -261,4 +262,118 @@ class Model {
 /** What a model may be asked: it was trained on no other words. */
 function isWord(text) {
   return /^[a-z]{1,10}$/.test(text)
+}
+
+// --- in a Web Worker: answers to the page's messages
+
+/** The live model: its memory, another memory of the same layout for questions about other steps, and the files. */
+class Live {
+  constructor({ base, config, vocabulary, adapters }) {
+    this.adapters = Object.fromEntries(
+      Object.entries(adapters).map(([name, { file, config }]) => [name, readAdapter(file, config)]))
+    const room = {}
+    for (const adapter of Object.values(this.adapters))
+      for (const [path, { rank }] of Object.entries(adapter)) room[path] = Math.max(room[path] ?? 0, rank)
+    const layers = layersOf(config), layout = new Layout(layers, room)
+    this.packed = Object.fromEntries(
+      Object.entries(this.adapters).map(([name, adapter]) => [name, layout.pack(adapter)]))
+    // all are in one piece of memory, as in a process: the base's file, then the two, and space for `unpadded`
+    const size = layout.size * 4 + layers.length * 8, start = Math.ceil(base.byteLength / 64) * 64
+    this.heap = new ArrayBuffer(start + 4 * size)
+    new Uint8Array(this.heap).set(new Uint8Array(base))
+    this.model = new Model(this.heap, config, vocabulary)
+    this.memory = new Memory(layout, this.heap, start)
+    this.other = new Memory(layout, this.heap, start + size)
+    this.end = start + 2 * size
+  }
+
+  /** What the page must know of the model: its layers, and each adapter's rank in each of them. */
+  opened() {
+    const { layers } = this.model
+    const ranks = own => layers.map(({ path }) => own[path]?.rank ?? 0)
+    return { layers, ranks: Object.fromEntries(Object.entries(this.adapters).map(([name, own]) => [name, ranks(own)])) }
+  }
+
+  ends({ before, after }) {
+    return [this.packed[before], this.packed[after]]
+  }
+
+  /** Write to the live memory, and say what is in it: each row's size in each layer, and one layer's first cells. */
+  stop({ before, after, step, keeps, layer, columns }) {
+    const { memory } = this, { layout, numbers } = memory
+    memory.stop(...this.ends({ before, after }), step, keeps)
+    const size = ({ band: { start, pitch }, a, inputs }, row) => {
+      let sum = 0
+      for (let at = 0; at < inputs; at++) sum += numbers[start + row * pitch + a + at] ** 2
+      return Math.sqrt(sum / inputs)
+    }
+    const sizes = layout.spans.map(span => Array.from({ length: span.band.rows }, (_, row) => size(span, row)))
+    const span = layout.spans[layer], first = span.band.start + span.a
+    const cells = Array.from({ length: span.band.rows }, (_, row) => [span.a, span.b].map(at => {
+      const from = span.band.start + row * span.band.pitch + at
+      return [...numbers.subarray(from, from + columns)]
+    }))
+    return { sizes, cells, scaling: memory.scalings[layer], address: memory.address + first * 4 }
+  }
+
+  /** One layer of an adapter's file: the first cells of each row, and its scaling. */
+  file({ name, layer, columns }) {
+    const own = this.adapters[name][this.model.layers[layer].path]
+    if (!own) return { cells: [], scaling: 0 }
+    const cells = Array.from({ length: own.rank }, (_, row) => [
+      [...own.a.subarray(row * own.inputs, row * own.inputs + columns)],
+      Array.from({ length: columns }, (_, out) => own.b[out * own.rank + row]),
+    ])
+    return { cells, scaling: own.scaling }
+  }
+
+  /** The answer at a step, which the live memory need not be at; without `before`, that of the base alone. */
+  answer({ before, after, step, keeps, word }) {
+    if (!before) return this.model.answer(word, null)
+    this.other.stop(...this.ends({ before, after }), step, keeps)
+    return this.model.answer(word, this.other)
+  }
+
+  /** The answer of the live memory, as it is. */
+  ask({ word }) {
+    return this.model.answer(word, this.memory)
+  }
+
+  /** Milliseconds of one swap, there or back: the mean of many, since a browser's clock is coarse. */
+  time({ before, after, times }) {
+    const [one, two] = this.ends({ before, after }), start = performance.now()
+    for (let done = 0; done < times; done += 2) {
+      this.other.swap(two, one)
+      this.other.swap(one, two)
+    }
+    return (performance.now() - start) / times
+  }
+
+  /** The same swap without room: each adapter in memory of its own size, one after the other. */
+  unpadded({ before, after, layer, word }) {
+    let address = this.end
+    const found = [before, after].map(name => {
+      const ranks = Object.fromEntries(Object.entries(this.adapters[name]).map(([path, { rank }]) => [path, rank]))
+      const layout = new Layout(this.model.layers, ranks)
+      const memory = new Memory(layout, this.heap, address), span = layout.spans[layer]
+      memory.swap(layout.pack(this.adapters[name]))
+      address += layout.size * 4 + layout.layers.length * 8
+      const first = span && memory.address + (span.band.start + span.a) * 4
+      return { rows: span?.band.rows ?? 0, address: first, scaling: memory.scalings[layer], memory }
+    })
+    const answer = this.model.answer(word, found[1].memory)
+    return { before: { ...found[0], memory: null }, after: { ...found[1], memory: null }, answer }
+  }
+}
+
+if (typeof WorkerGlobalScope !== "undefined") {
+  let live
+  onmessage = ({ data: { id, what, ...given } }) => {
+    try {
+      const result = what === "open" ? ((live = new Live(given)), live.opened()) : live[what](given)
+      postMessage({ id, result })
+    } catch (error) {
+      postMessage({ id, error: String(error) })
+    }
+  }
 }

@@ -56,7 +56,6 @@ class Reference:
         folders = {name: demo.adapter_path(name) for name in demo.adapter_names()}
         self.pool = AdapterPool(self.model, adapters=folders, progress=False)
         self.room = self.pool._room
-        self.packed = self.pool._members
 
     def memory(self) -> tuple[np.ndarray, np.ndarray]:
         """All bytes of the room, band after band, and the scalings."""
@@ -66,16 +65,14 @@ class Reference:
     @torch.no_grad()
     def stop(self, before: str, after: str, step: int) -> None:
         """Write the first so many rows of ``after`` over ``before``, and in the last step the scalings."""
-        self.pool.swap(after)
-        rows = [band.memory.clone() for band in self.room.bands]
-        scalings = self.room.scalings[0].clone()
-        used = self.room.used
-        self.pool.swap(before)
-        last = max(*used, *self.room.used) + 1
-        for band, new in zip(self.room.bands, rows, strict=True):
-            band.memory[: min(step, last - 1)] = new[: min(step, last - 1)]
-        if step >= last:
-            self.room.scalings[0].copy_(scalings)
+        old, new = (self.pool._members[name].packed for name in (before, after))
+        last = max(map(len, (*old.bands, *new.bands))) + 1
+        for band, one, two in zip(self.room.bands, old.bands, new.bands, strict=True):
+            whole = [band.memory.new_zeros(band.memory.shape) for _ in range(2)]
+            whole[0][: len(one)], whole[1][: len(two)] = one, two
+            rows = min(step, last - 1)
+            band.memory.copy_(torch.cat([whole[1][:rows], whole[0][rows:]]))
+        self.room.scalings[0].copy_((new if step >= last else old).scalings)
 
     def answers(self, words: list[str], model: torch.nn.Module | None = None) -> list[str]:
         """The answers to words of any lengths; each may be as long as if it were asked alone."""
