@@ -85,7 +85,7 @@ function start(page) {
 
   /** Another pair or word: read the file's layer, and ask for the answers at both ends. */
   async function choose() {
-    if (!ranks[now.after][now.layer] || !now.chosen) {
+    if (!now.chosen) {
       const both = layers.map((_, at) => ranks[now.after][at] * 100 + ranks[now.before][at])
       now.layer = both[14] === Math.max(...both) ? 14 : both.indexOf(Math.max(...both))
     }
@@ -375,6 +375,7 @@ function start(page) {
 
   async function lines(round) {
     const list = find(".live-switches ul"), found = []
+    let other = ""
     if (isWord(now.word)) {
       const answer = (step, keeps = {}) => call("answer", { ...pair(), step, keeps, word: now.word })
       const code = text => `<code>${text}</code>`
@@ -383,12 +384,15 @@ function start(page) {
         `<li>${text === right ? `${code(text)}: ${less}` : wrong(`${code(text)}: ${why}`)}<br>${ours(`${does}: ${code(right)}`)}</li>`)
       const { before, after } = ends, at = stopped()
       if (on.damaged) say(await answer(missing()), before, "a loop wrote until a row was missing.", "this word doesn’t show what a loop wrote.", "reads the whole file first, and writes nothing")
+      if (on.request) other = `a request after ${at} rows got ${await answer(at)}`
       if (on.request) say(await answer(at), after, `the request read memory after ${at} rows.`, "this word doesn’t show where the swap was.", "lets it wait for the last row and s")
       if (on.padding) say(await answer(last(), { padding: true }), after, `${now.before}’s last rows still add to B (A x).`, "no row was left that counts; try pig_latin → reverse.", "writes zeros behind the last row")
       if (on.scaling) say(await answer(last(), { scaling: true }), after, `${now.after}’s rows, times ${now.before}’s s.`, "for this word, the old s will do.", "writes s in the same swap")
       if (on.unpadded) found.push(`<li>${find(".live-code .live-no") ? wrong("The cells are at another address, and a guard fails: the code compiles again.") : "Run the swap: do shape and s stay the same?"}<br>${ours("makes room for the highest rank once; then no guard fails.")}</li>`)
     }
-    if (round === drawn) list.innerHTML = found.join("")
+    if (round !== drawn) return
+    list.innerHTML = found.join("")
+    find(".live-other").textContent = other
   }
 
   page.querySelectorAll(".live-switches button").forEach(button => button.addEventListener("click", () => {
@@ -403,7 +407,7 @@ function start(page) {
 
   async function swapTime() {
     const times = 2000, mean = await call("time", { ...pair(), times })
-    find(".live-time").textContent = `Two seconds are slow motion: this page writes the whole swap in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
+    find(".live-time").textContent = `In slow motion: this page swaps in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
   }
   function python() {
     const code = find(".live-python code")
