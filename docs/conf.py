@@ -39,8 +39,8 @@ OTHERS = """
 """
 #: parts of core, which notebooks/engine.ipynb explains, and private names
 INTERNAL = r"hotswap_lab\.(core\.(change|host|journal|method|settings|slot|tensors)\..*|.*\.(T|P_co|_\w+))"
-#: parts that are alive without a kernel, by their folders, and the chapters that begin with them
-PARTS = {"halfway": "00 01 02 03", "alive": "00"}
+#: the page in which a model runs: its HTML, and the files that it reads
+LIVE = runpy.run_path(str(DOCS / "live" / "make.py"))
 SUMMARY = ".. autosummary::\n   :nosignatures:"
 
 project = "hotswap_lab"
@@ -56,7 +56,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
-#: README's picture, at the address that README has for it
+#: README's picture, at the address that README has for it, and what the first page reads
 html_extra_path = ["_build/extra"]
 
 nb_execution_mode = "off"
@@ -186,28 +186,18 @@ def write_sources() -> None:
         DOCS / "notebooks",
         ignore=shutil.ignore_patterns("refresh.py", "conftest.py", ".*", "__*"),
     )
-    for name in PARTS:
-        part = runpy.run_path(str(DOCS / name / "make.py"))["fragment"]()
-        (DOCS / "_build" / f"{name}.html").write_text(part, encoding="utf-8")
+    LIVE["write"](DOCS / "_build" / "extra" / "live")
+    (DOCS / "_build" / "live.html").write_text(LIVE["fragment"](), encoding="utf-8")
     (DOCS / "api").mkdir()
     for name, text in pages().items():
         (DOCS / "api" / f"{name}.rst").write_text(text, encoding="utf-8")
 
 
 def adapt(app, docname: str, source: list[str]) -> None:
-    """Name the language of cells, which have magics; link to GitHub where the site lacks a file.
-
-    The first chapters begin with the parts that are alive without a kernel, which would be too large for the notebooks.
-    """
+    """Name the language of cells, which have magics; link to GitHub where the site lacks a file."""
     if docname.startswith("notebooks/"):
         source[0] = source[0].replace('"name": "python"\n', '"name": "python",\n"pygments_lexer": "ipython3"\n')
         source[0] = source[0].replace("](../hotswap_lab/", f"]({REPOSITORY}/blob/HEAD/hotswap_lab/")
-    chapter = docname.removeprefix("notebooks/")[:2]
-    if parts := [name for name, chapters in PARTS.items() if docname.startswith("notebooks/0") and chapter in chapters]:
-        notebook = json.loads(source[0])
-        text = "\n".join(f"```{{raw}} html\n:file: ../_build/{name}.html\n```\n" for name in parts)
-        notebook["cells"].insert(1, {"cell_type": "markdown", "id": "alive", "metadata": {}, "source": text})
-        source[0] = json.dumps(notebook)
 
 
 def resolve(app, env, node, content):

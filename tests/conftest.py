@@ -66,7 +66,7 @@ TOGETHER = (
     ".ipynb",
     "/test_front_ends.py",
     "/test_one_process.py",
-    "/test_alive.py",
+    "/test_live.py",
     "/test_distributed.py",
     "/test_bad_files.py",
     "/test_ahead.py",
