@@ -76,19 +76,7 @@ class Adapter(core.Adapter):
         (2, 32)
         """
         place = find_source(source, hub)
-        for last in (*[False] * TRIES, True):  # a save may exchange the files in between
-            before = place.state
-            try:
-                config = read_config(place)
-                file, (tensors, pieces) = read_tensors(place, torch_device or "cpu", key_mapping, for_one_swap)
-                if before == place.state:
-                    break
-            except HotswapError:
-                if last or (before == place.state and before[-1] is None):
-                    raise
-            if last:
-                raise refused("changes_while_read", source=place.name)
-            time.sleep(0.01)
+        config, (file, (tensors, pieces)) = read_files(place, torch_device or "cpu", key_mapping, for_one_swap)
         adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name), file)
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
@@ -137,6 +125,21 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
         return Folder(name)
     repository = find_repository(name, arguments)  # also for a folder, because it checks the arguments
     return Folder(name, str(arguments.get("subfolder") or "")) if is_path else repository
+
+
+def read_files(place: Folder, *how: Any) -> tuple[PeftConfig, tuple[File, Tensors]]:
+    """The config and the tensors of an adapter, again if a save exchanged the files in between; ``how`` as below."""
+    for last in (*[False] * TRIES, True):
+        before = place.state
+        try:
+            found = read_config(place), read_tensors(place, *how)
+            if before == place.state:
+                return found
+        except HotswapError:
+            if last or (before == place.state and before[-1] is None):
+                raise
+        time.sleep(0.01)
+    raise refused("changes_while_read", source=place.name)
 
 
 def read_tensors(

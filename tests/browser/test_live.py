@@ -39,7 +39,7 @@ HEAD = f'<!doctype html><html style="{LOOK}"><meta charset="utf-8"><meta name="v
 TOO_WIDE = """[...document.querySelectorAll('.live *')].filter(each => each.getClientRects().length)
     .filter(each => !each.closest('.live-lines, pre, noscript'))
     .filter(each => each.getBoundingClientRect().right > each.closest('.live').getBoundingClientRect().right + 1)
-    .map(each => each.outerHTML.slice(0, 100)).join()"""
+    .map(each => each.outerHTML.slice(0, 100)).join(', ')"""
 FONT_SIZES = """[...new Set([...document.querySelectorAll('.live *, h1')]
     .filter(each => each.getClientRects().length && each.innerText?.trim() && !each.matches('svg *'))
     .map(each => getComputedStyle(each).fontSize))]"""
