@@ -11,7 +11,14 @@ from adapters import ALL, CONFIGS, LLAMA, kind_for, save_all, with_other_base_we
 from lengths import few_of, long
 from lora_kinds import ATTENTION, MODELS
 from models import ARCHITECTURES, KINDS, Kind, call, load
-from oracle import assert_equals, assert_equals_fresh_load, assert_same_outputs, assert_untouched, snapshot
+from oracle import (
+    assert_close,
+    assert_equals,
+    assert_equals_fresh_load,
+    assert_same_outputs,
+    assert_untouched,
+    snapshot,
+)
 from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftMixedModel, RandLoraConfig
 from refusals import refused
 from safetensors.torch import save_file
@@ -259,7 +266,7 @@ def test_what_needs_no_base_weight_is_swapped_beside_a_merged_adapter(tmp_path, 
     old, new, other = save_all(tmp_path, old, new, _lora())
     model = _merged(_two(LLAMA, old, other))
     hotswap_adapter(model, new, "default")
-    torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
+    assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, new), LLAMA.inputs()))
 
 
 def test_a_room_while_another_adapter_is_merged(tmp_path):
@@ -274,10 +281,10 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     _refused(model, few, MERGED)
     pool.add("same", same)  # on all layers, so that none has to be turned off
     pool.swap("same")
-    torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
+    assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
     pool.add("few", few)
     pool.swap("few")
-    torch.testing.assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
+    assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
 
 
 LOHA = [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)]
