@@ -170,7 +170,7 @@ def matrices(model, ends: tuple[str, ...], rank: int, seed: int) -> dict[str, tu
         out_features, in_features, *kernel = module.weight.shape
         r = rank + (len(found) % 3 == 2)
         shapes = (r, in_features, *kernel), (out_features, r, *(1 for _ in kernel))
-        found[path] = tuple(torch.randn(shape, generator=generator) * 0.3 for shape in shapes)
+        found[path] = tuple(torch.randn(shape, generator=generator).double() * 0.3 for shape in shapes)
     assert found
     return found
 
@@ -418,7 +418,7 @@ def test_a_dict_that_a_swap_has_overwritten_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, long(torch.float16)])
 def test_half_precision(dtype):
-    """The pipeline's components and both files in it; then a file in float32, which is rounded, and said so."""
+    """The pipeline's components and both files in it; then a file in float64, which is rounded, and said so."""
     old, new = ({key: tensor.to(dtype) for key, tensor in lora(SD, seed=seed).items()} for seed in (1, 2))
     pipes = SD().to(dtype), SD().to(dtype)
     for pipe, source in zip(pipes, (old, new), strict=True):
@@ -429,7 +429,7 @@ def test_half_precision(dtype):
     for component, model in components_of(pipes[1]).items():
         assert_same_component(getattr(pipes[0], component), model, "style")
     plan = plan_pipeline_hotswap(pipes[0], lora(SD, seed=2), "style")
-    assert all("the file has torch.float32, which is rounded" in str(each) for each in plan.plans.values())
+    assert all("the file has torch.float64, which is rounded" in str(each) for each in plan.plans.values())
 
 
 def test_hooks_of_offloading_stay():
