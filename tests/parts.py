@@ -227,11 +227,11 @@ def _family():
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    state, inputs, folder = base.state_dict(), torch.randn(3, 8), tempfile.mkdtemp()
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).double()
+    state, inputs, folder = base.state_dict(), torch.randn(3, 8).double(), tempfile.mkdtemp()
 
     def fresh() -> torch.nn.Module:
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).double()
         model.load_state_dict(state)
         return model.eval()
 
@@ -241,7 +241,7 @@ def _family():
     def same(model, path: str) -> None:
         with torch.no_grad():
             expected, found, without = load(path)(inputs), model(inputs), fresh()(inputs)
-        assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
+        assert torch.allclose(found, expected, rtol=0, atol=1e-9), (found - expected).abs().max()
         assert (expected - without).abs().max() > 0.01
 
     folders = []

@@ -39,7 +39,9 @@ def together(folders: Mapping[str, str], weights: Mapping[str, float]) -> PeftMo
     # a module of PyTorch can't be called "double"
     weights = {f"own_{name}": weight for name, weight in weights.items()}
     first, *others = weights
-    model = PeftModel.from_pretrained(demo.load_base(), folders[first.removeprefix("own_")], adapter_name=first)
+    model = PeftModel.from_pretrained(
+        demo.load_base().double(), folders[first.removeprefix("own_")], adapter_name=first
+    )
     for name in others:
         model.load_adapter(folders[name.removeprefix("own_")], name)
     model.base_model.set_adapter(list(weights))

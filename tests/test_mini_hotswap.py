@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import long
+from oracle import assert_close
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounter
 
@@ -34,7 +35,7 @@ def family():
 def expected():
     """What a fresh load of each adapter computes."""
     return {
-        name: PeftModel.from_pretrained(demo.load_base(), folder).eval()(INPUTS).logits.detach()
+        name: PeftModel.from_pretrained(demo.load_base().double(), folder).eval()(INPUTS).logits.detach()
         for name, folder in FOLDERS.items()
     }
 
@@ -42,12 +43,12 @@ def expected():
 def assert_is(model, expected, name):
     others = [(expected[name] - each).abs().max() for other, each in expected.items() if other != name]
     assert min(others) > 1  # another adapter would be far away
-    torch.testing.assert_close(model(INPUTS).logits.detach(), expected[name], atol=1e-4, rtol=0)
+    assert_close(model(INPUTS).logits.detach(), expected[name], 1e-6)
 
 
 @pytest.mark.parametrize("by", [long("write"), "pool"])
 def test_each_adapter_is_as_a_fresh_load_and_nothing_is_compiled_again(family, expected, by):
-    model = scalings_as_tensors(prepare(demo.load_base(), family.values()))
+    model = scalings_as_tensors(prepare(demo.load_base().double(), family.values()))
     pool = Pool(model, family) if by == "pool" else None
     addresses = [each.data_ptr() for each in model.parameters()]
     counter = CompileCounter()

@@ -117,7 +117,7 @@ def outputs_of(folder: str) -> torch.Tensor:
 
 
 def computes(model, folder: str) -> bool:
-    return torch.allclose(call(model, KIND.inputs()), outputs_of(folder), atol=1e-5)
+    return torch.allclose(call(model, KIND.inputs()), outputs_of(folder), rtol=0, atol=1e-9)
 
 
 def compute_inside(model: object, folder: str) -> bool:

@@ -11,7 +11,7 @@ from adapters import save_all, with_base_weights, with_other_base_weights
 from lengths import few_of, long
 from lora_kinds import MODELS
 from models import ARCHITECTURES, Kind, call, llama, load, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs
+from oracle import assert_close, assert_equals_fresh_load, assert_same_outputs
 from peft import LoHaConfig, LoraConfig, PeftModel
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -186,7 +186,7 @@ def test_odd_base_weights(tmp_path):
     for rows in (1, 2):
         pool = AdapterPool(load(kind, changed), adapters={"a": first}, rows=rows, progress=False, base_weights=weights)
         pool.swap("a") if rows == 1 else pool.assign(["a", None])
-        torch.testing.assert_close(call(pool.model, kind.inputs())[0], call(load(kind, first), kind.inputs())[0])
+        assert_close(call(pool.model, kind.inputs())[0], call(load(kind, first), kind.inputs())[0])
     model = load(kind, first)
     model.load_adapter(second, "other")  # nothing has to be written to the base of both
     hotswap_adapter(model, second, "default", base_weights=weights)
@@ -231,8 +231,8 @@ def test_a_pool_that_has_the_adapter_among_its_members(tmp_path, rows):
     if rows > 1:
         pool.assign([None, "second"])
         outputs = call(model, LLAMA.inputs())
-        torch.testing.assert_close(outputs[0], base[0])
-        torch.testing.assert_close(outputs[1], call(load(LLAMA, second), LLAMA.inputs())[1])
+        assert_close(outputs[0], base[0])
+        assert_close(outputs[1], call(load(LLAMA, second), LLAMA.inputs())[1])
     # a swap keeps the originals of what it overwrites
     hotswap_adapter(model := load(LLAMA, third), first)
     AdapterPool(model, adapters={"second": second}, **given)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, save_family
-from oracle import assert_same_outputs
+from oracle import assert_close, assert_same_outputs
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from refusals import refused
@@ -167,7 +167,7 @@ def assert_follows(swap: Callable[[str], object], compiled, abc) -> None:
     expected = abc[1]
     for name in "abcac":
         swap(name)
-        torch.testing.assert_close(call(compiled, LINEAR.inputs())[:1], expected[name][:1], rtol=0, atol=1e-5)
+        assert_close(call(compiled, LINEAR.inputs())[:1], expected[name][:1])
     assert min((expected[one] - expected[other]).abs().max() for one, other in ("ab", "bc", "ac")) > 0.1
 
 
@@ -199,7 +199,7 @@ def test_training_a_compiled_model_between_swaps(folders):
             for name, parameter in fresh.named_parameters():
                 if parameter.grad is not None:
                     own = gradients[name][tuple(map(slice, parameter.shape))]
-                    torch.testing.assert_close(own, parameter.grad, rtol=1e-3, atol=1e-3)
+                    assert_close(own, parameter.grad, 1e-8)
     assert not watch.compilations
 
 
@@ -317,7 +317,7 @@ def test_freezing_that_was_on_only_while_compiling(tmp_path, form, ready):
     swap()
     fresh = load(LINEAR, new)
     expected = call(fresh.base_model.model.first if form == "a layer alone" else fresh, inputs)
-    torch.testing.assert_close(call(compiled, inputs), expected)
+    assert_close(call(compiled, inputs), expected)
     assert not torch.allclose(call(compiled, inputs), before, atol=1e-2)
     torch.compiler.reset()  # which makes PyTorch forget all that listen
     with torch._inductor.config.patch(freezing=True):
@@ -459,6 +459,7 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 torch.set_num_threads(1)
 from models import KINDS, call, load
+from oracle import assert_close
 from hotswap_lab import hotswap_adapter, prepare_model_for_compiled_hotswap
 kind, ready, folders = KINDS["linear"], sys.argv[1], sys.argv[2:]
 model = load(kind, folders[0])
@@ -469,7 +470,7 @@ call(compiled, kind.inputs())
 for folder in [*folders, *folders]:
     hotswap_adapter(compiled, folder)
     expected = call(load(kind, folder), kind.inputs())
-    torch.testing.assert_close(call(compiled, kind.inputs()), expected, rtol=0, atol=1e-5)
+    assert_close(call(compiled, kind.inputs()), expected)
 print("right")
 """
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from models import KINDS, call, load, save_random_adapter
-from oracle import assert_same_outputs
+from oracle import assert_close, assert_same_outputs
 from peft import LoHaConfig, LoraConfig
 from peft.utils import get_peft_model_state_dict
 from refusals import refused
@@ -76,7 +76,7 @@ def test_a_swap_is_seen_by_a_process_that_was_forked(tmp_path, method, shared):
     with other_process(model, "fork") as ask:
         for folder in (folders[1], folders[2], folders[0]):
             hotswap_adapter(model, folder, "default")
-            torch.testing.assert_close(ask(), call(load(LLAMA, folder), LLAMA.inputs()), rtol=0, atol=1e-5)
+            assert_close(ask(), call(load(LLAMA, folder), LLAMA.inputs()))
         if method is LoraConfig:
             set_strength(model, 0)
             assert torch.equal(ask(), call(LLAMA.base(), LLAMA.inputs()))
@@ -97,14 +97,14 @@ def test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compil
             assert pool.active == name
             before = call(load(LLAMA, sources[name]), LLAMA.inputs())
             for way in ("eager", "compiled"):
-                torch.testing.assert_close(ask(way), before, rtol=0, atol=1e-5)
+                assert_close(ask(way), before)
         for _ in range(2):
             trained(**LLAMA.inputs()).logits.square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             pool.update("a", get_peft_model_state_dict(trained))
             after = ask("compiled")
-            torch.testing.assert_close(after, call(trained, LLAMA.inputs()), rtol=0, atol=1e-5)
+            assert_close(after, call(trained, LLAMA.inputs()))
             assert (after - before).abs().max() > 1e-3
             before = after
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapters import save_random_adapter_of
 from models import ARCHITECTURES, KINDS, call, load, lora_layers, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same_outputs
+from oracle import assert_close, assert_equals_fresh_load, assert_same_outputs
 from peft import LoraConfig, get_peft_model
 from refusals import refused
 
@@ -43,7 +43,7 @@ def test_every_strength(model, tmp_path, strength):
     set_strength(model, 7)
     set_strength(model, strength)
     assert get_strength(model) == strength
-    torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(tmp_path / "a", strength), rtol=1e-5, atol=1e-6)
+    assert_close(call(model, LINEAR.inputs()), scaled(tmp_path / "a", strength))
     if not strength:
         assert torch.equal(call(model, LINEAR.inputs()), call(LINEAR.base(), LINEAR.inputs()))
 
@@ -84,7 +84,7 @@ def test_an_off_mark_does_not_outlive_its_weights(tmp_path):
         if prepared:
             prepare_model_for_compiled_hotswap(model, target_rank=8)
         set_strength(model, 0.5)
-        torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(full, 0.5), rtol=1e-5, atol=1e-6)
+        assert_close(call(model, LINEAR.inputs()), scaled(full, 0.5))
     hotswap_adapter(model, head, "default")
     assert_same_outputs(model, load(LINEAR, head), LINEAR)
 
@@ -133,7 +133,7 @@ def test_base_weights_that_a_swap_brought_stay(tmp_path):
     refused("base weights of its own", set_strength, model, 0)
     hotswap_adapter(model, plain, "default")
     set_strength(model, 0)
-    torch.testing.assert_close(call(model, kind.inputs()), call(kind.base(), kind.inputs()))
+    assert_close(call(model, kind.inputs()), call(kind.base(), kind.inputs()))
 
 
 def test_preparing_keeps_the_strength(tmp_path):
@@ -142,4 +142,4 @@ def test_preparing_keeps_the_strength(tmp_path):
     set_strength(model, 0.5)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert get_strength(model) == 0.5
-    torch.testing.assert_close(call(model, LINEAR.inputs()), scaled(folder, 0.5))
+    assert_close(call(model, LINEAR.inputs()), scaled(folder, 0.5))

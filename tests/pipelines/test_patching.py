@@ -22,7 +22,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from models import KINDS, call, save_family
-from oracle import untouched
+from oracle import assert_close, untouched
 from peft import LoraConfig
 from peft.utils import hotswap as through_its_package
 from safetensors.torch import load_file
@@ -66,7 +66,7 @@ def loaded(folder: str):
 
 def assert_is(model, folder: str) -> None:
     expected = call(loaded(folder), LLAMA.inputs())
-    torch.testing.assert_close(call(model, LLAMA.inputs()), expected, rtol=0, atol=1e-6)
+    assert_close(call(model, LLAMA.inputs()), expected)
     assert (expected - call(LLAMA.base(), LLAMA.inputs())).abs().max() > 1e-3
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family, save_random_adapter
-from oracle import assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
+from oracle import assert_close, assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from refusals import refused
@@ -241,7 +241,7 @@ def test_strengths_that_are_set_by_peft(model, pool, sources):
     with pool.using("c"):
         assert_is(model, sources["c"])
     pool.update("b", Adapter.load(sources["b"]).tensors)
-    torch.testing.assert_close(call(model, LLAMA.inputs()), before)
+    assert_close(call(model, LLAMA.inputs()), before)
 
 
 # ---- add, remove, update

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lengths import long
 from models import KINDS, Kind, call, load, lora_layers, save_random_adapter
-from oracle import assert_equals_fresh_load, untouched
+from oracle import assert_close, assert_equals_fresh_load, untouched
 from peft.utils import get_peft_model_state_dict
 from pool_sources import LLAMA
 from refusals import refused
@@ -178,7 +178,7 @@ def test_a_learner_that_does_not_fit_changes_nothing(model, pool, sources, tmp_p
     refused("NaN", pool.update, "b", learner)
     pool.swap("a")
     pool.swap("b")
-    torch.testing.assert_close(call(model, LLAMA.inputs()), before)
+    assert_close(call(model, LLAMA.inputs()), before)
     assert pool.version("b") == 2
 
 
@@ -205,7 +205,7 @@ def test_rows_follow(sources, tmp_path):
         pool.update("b", learner)
         save_adapter(learner, tmp_path / str(number))
         for row, source in enumerate((tmp_path / str(number), sources["c"])):
-            torch.testing.assert_close(call(model, inputs)[row], call(load(LLAMA, source), inputs)[row])
+            assert_close(call(model, inputs)[row], call(load(LLAMA, source), inputs)[row])
 
 
 @pytest.mark.long

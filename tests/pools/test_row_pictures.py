@@ -61,5 +61,5 @@ def test_a_pipeline_with_guidance():
     pool = AdapterPool(with_adapter(pipe.unet, "a"), adapters=family(), rows=4, progress=False)
     pool.assign(wanted)
     actual = latents(pipe)
-    assert_close(actual, torch.stack([fresh[name][number] for number, name in enumerate(wanted)]), 1e-4)
+    assert_close(actual, torch.stack([fresh[name][number] for number, name in enumerate(wanted)]))
     assert all((fresh[name][n] - fresh[None][n])[0].abs().max() > 0.05 for n, name in enumerate(wanted) if name)

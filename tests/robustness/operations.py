@@ -16,7 +16,7 @@ import torch
 from adapters import save_random_adapter_of
 from exported import bind, file_of
 from models import KINDS, call, load
-from oracle import assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
+from oracle import assert_close, assert_equals_fresh_load, assert_same_outputs, files_in, plain, surroundings
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from row_truth import Truth
 
@@ -235,7 +235,7 @@ def _swap_ahead(rows, shelf):
     path = file_of(make(), shelf.folder, kwargs=dict(x=x))
 
     def check(model, folder):
-        torch.testing.assert_close(bind(path, model)(x), call(load(LINEAR, folder), x), rtol=0, atol=1e-5)
+        assert_close(bind(path, model)(x), call(load(LINEAR, folder), x))
         assert_equals_fresh_load(model, LINEAR, folder, prepared=True)
 
     def swap(model, folder):

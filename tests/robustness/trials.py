@@ -29,12 +29,14 @@ from lora_kinds import FAMILIES
 from models import KINDS, Kind, call, load
 from mutations import BIN, CANARY, CONFIG, WEIGHTS, Mutation
 from oracle import (
+    TOLERANCE,
     assert_same,
     assert_same_outputs,
     assert_same_tables,
     assert_same_tensors,
     assert_untouched,
     config_of,
+    rounding,
     snapshot,
 )
 from peft import LoraConfig, PeftConfig
@@ -267,7 +269,8 @@ def assert_like(target, fresh, kind, expected: torch.Tensor, way: str, is_partia
     model = target.model if way == "pool" else target
     finite = expected[expected.isfinite()]
     scale = finite.abs().max().item() if len(finite) else 1.0
-    torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=1e-5 * scale, equal_nan=True)
+    limit = scale * (TOLERANCE if expected.dtype == torch.float64 else rounding(fresh, kind.inputs()))
+    torch.testing.assert_close(call(model, kind.inputs()), expected, rtol=0, atol=limit, equal_nan=True)
     assert_same(*(config_of(each.peft_config["default"]) for each in (model, fresh)))
     if not is_partial:
         assert_same_tables(model, fresh, "default", prepared=way == "pool")
