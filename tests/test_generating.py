@@ -10,11 +10,7 @@ import pytest
 import torch
 import transformers
 from exercises import logits_of, some_ids
-<<<<<<< HEAD
-=======
 from oracle import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
->>>>>>> w-oracle
 
 from hotswap_lab import demo
 from hotswap_lab.generating import Reader

@@ -271,28 +271,12 @@ def test_a_room_while_another_adapter_is_merged(tmp_path):
     everywhere, fewer = _lora(use_dora=True), _lora(use_dora=True, target_modules=["q_proj"])
     old, few, same, other = save_all(tmp_path, everywhere, fewer, _lora(r=2, use_dora=True), _lora())
     model = _merged(_two(LLAMA, few, other))
-<<<<<<< HEAD
     pool = AdapterPool(model, adapters={"few": few, "old": old}, progress=False)
     for number, folder in enumerate((old, few, same)):
         pool.add(f"another {number}", folder)
         pool.swap(f"another {number}")
-        torch.testing.assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, folder), LLAMA.inputs()))
+        assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, folder), LLAMA.inputs()))
         _merged(model)
-=======
-    refused(MERGED, prepare_model_for_compiled_hotswap, model, adapters=[old], adapter_name="default")
-    pool = AdapterPool(_without(model), adapters={"few": few, "old": old}, progress=False)
-    pool.swap("old")
-    pool.remove("few")
-    _merged(model)
-    refused(MERGED, pool.add, "few", few)
-    _refused(model, few, MERGED)
-    pool.add("same", same)  # on all layers, so that none has to be turned off
-    pool.swap("same")
-    assert_close(call(_without(model), LLAMA.inputs()), call(load(LLAMA, same), LLAMA.inputs()))
-    pool.add("few", few)
-    pool.swap("few")
-    assert_close(call(model, LLAMA.inputs()), call(load(LLAMA, few), LLAMA.inputs()))
->>>>>>> w-oracle
 
 
 LOHA = [LoHaConfig(r=rank, target_modules=ATTENTION) for rank in (4, 6)]
