@@ -18,12 +18,13 @@ import torch
 import transformers
 from exported import FEW, assert_computes, bind, file_of, ids, prepared
 from lengths import few_of
-from models import KINDS, Kind, load, lora_layers, randn, save_random_adapter
+from models import KINDS, Kind, call, load, lora_layers, randn, save_family, save_random_adapter
+from oracle import assert_close
 from refusals import refused
 from torch import nn
 from torch.utils._sympy import functions
 
-from hotswap_lab import HotswapError, demo
+from hotswap_lab import HotswapError, demo, hotswap_adapter
 from hotswap_lab import prepare_model_for_compiled_hotswap as prepare
 from hotswap_lab.ahead.file import seal
 from hotswap_lab.ahead.sizes import Sizes
@@ -330,6 +331,21 @@ def test_a_model_that_has_changed_since(granites, change):
     ahead(**ids())
     action(model)
     refused(match, lambda _: ahead(**ids()), model)
+
+
+@pytest.mark.parametrize("is_off_first", [False, True])
+def test_layers_that_are_off_are_no_other_setting(tmp_path, is_off_first):
+    """Neither where the file is made, nor where it is bound."""
+    kind = Kind(granite, LLAMA.make_inputs, ("q_proj", "up_proj"))
+    both, *some = save_family(kind, tmp_path, {}, *(dict(target_modules=[each]) for each in kind.modules))
+    model, other = load(kind, both), load(kind, both)
+    prepare(model, target_rank=8)
+    prepare(other, target_rank=8)
+    hotswap_adapter(model if is_off_first else other, some[0], "default")
+    ahead = bind(file_of(model, tmp_path), other)
+    for folder in (*some, both):
+        hotswap_adapter(other, folder, "default")
+        assert_close(ahead(**ids()).logits, call(load(kind, folder), ids()))
 
 
 @pytest.mark.parametrize("number", [0, -1])
