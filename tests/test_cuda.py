@@ -70,7 +70,7 @@ def test_compiled_swaps_at_the_same_addresses(folders, mode, way):
             swap(name)
             assert_equals(outputs(compiled), folders[name])
         set_strength(compiled, 0)
-        torch.testing.assert_close(outputs(compiled), outputs(LLAMA.base().cuda()), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(outputs(compiled), outputs(LLAMA.base().cuda().float()), rtol=1e-3, atol=1e-3)
     assert resolve_slot(model, "default").data_ptrs() == addresses
 
 
