@@ -122,7 +122,8 @@ function start(page) {
     held = found
     const moved = on.unpadded && step === last() && await call("unpadded", { ...pair(), layer, word: isWord(now.word) ? now.word : "a" })
     // without room, the old cells stay as they were
-    if (moved && moved.before.rows !== moved.after.rows) held.cells = (await call("stop", { ...pair(), step: 0, layer, columns: COLUMNS })).cells
+    if (moved && moved.before.rows !== moved.after.rows)
+      held.cells = (await call("stop", { ...pair(), step: 0, layer, columns: COLUMNS })).cells
     draw(moved)
     controls()
     if (now.playing) return
@@ -193,7 +194,9 @@ function start(page) {
     const written = Math.min(now.step, last() - 1), isOver = now.step === last()
     const ownerOf = (row, rank, isZero) => isZero ? "" : row < written && row < rank ? "after" : "before"
     largest.of = Object.fromEntries(Object.entries(files).map(([name, each]) => [name, [largest(each, 0), largest(each, 1)]]))
-    const owners = held.cells.map((row, at) => ownerOf(at, ranks[now.after][now.layer], !row.flat().some(Boolean)))
+    const isMoved = moved && moved.before.rows !== moved.after.rows
+    const owners = held.cells.map((row, at) =>
+      isMoved ? "before" : ownerOf(at, ranks[now.after][now.layer], !row.flat().some(Boolean)))
     paint(memory.querySelector("canvas"), held.cells, owners, colors)
     const shown = on.damaged ? files.after.cells.slice(0, missing()) : files.after.cells
     paint(file.querySelector("canvas"), shown, shown.map(() => "after"), colors)
@@ -214,24 +217,30 @@ function start(page) {
     })
     const rows = held.cells.length, { inputs, outputs } = layers[now.layer]
     const bar = direction => {
-      const stops = [], edge = 100 / rows
-      owners.forEach((whose, at) => stops.push(`var(--${whose || "cell"}) ${at * edge}% ${(at + 1) * edge}%`))
+      const stops = [], shown = isMoved ? ["after"] : owners, edge = 100 / shown.length
+      shown.forEach((whose, at) => stops.push(`var(--${whose || "cell"}) ${at * edge}% ${(at + 1) * edge}%`))
       return `linear-gradient(to ${direction}, ${stops.join()})`
     }
-    page.style.setProperty("--wide", `${Math.round((68 * rows) / 128)}px`)
+    page.style.setProperty("--wide", `${Math.round((68 * (isMoved ? moved.after.rows : rows)) / 128)}px`)
     find(".live-a").style.background = bar("bottom")
     find(".live-b").style.background = bar("right")
     const scalingOwner = isOver && !on.scaling ? "after" : "before"
     find(".live-s").style.background = `var(--${scalingOwner})`
-    const said = isOver && !on.scaling && !on.padding ? [now.after] : now.step === 0 ? [now.before] : [now.before, `and ${now.after}`]
+    const said = isMoved ? [now.before] : isOver && !on.scaling && !on.padding ? [now.after] : now.step === 0 ? [now.before] : [now.before, `and ${now.after}`]
     memory.style.setProperty("--own", said[1] ? "var(--ink)" : `var(--${said[0]})`)
-    memory.querySelector("figcaption b").textContent = said.join(" ")
+    memory.querySelector("figcaption b").textContent = isMoved ? `${now.before}, left behind` : said.join(" ")
     file.style.setProperty("--own", `var(--${now.after})`)
     file.querySelector("figcaption b").textContent = now.after + (on.damaged ? ", damaged" : "")
     for (const [figure, rows] of [[memory, held.cells.length], [file, shown.length]])
       figure.querySelector(".live-cells span:last-child").textContent = rows ? `row ${rows - 1}` : "no rows for this layer"
-    memory.querySelector(".live-scaling b").style.background = `var(--${scalingOwner})`
-    memory.querySelector(".live-scaling b").textContent = held.scaling.toFixed(2)
+    for (const [figure, name, all] of [[memory, "in memory", owners], [file, "in the file", shown.map(() => "after")]]) {
+      const count = kind => all.filter(each => each === kind).length
+      const canvas = figure.querySelector("canvas")
+      canvas.setAttribute("role", "img")
+      canvas.setAttribute("aria-label", `${name}, rows of A and B: ${count("after")} of ${now.after}, ${count("before")} of ${now.before}, ${count("")} of zeros`)
+    }
+    memory.querySelector(".live-scaling b").style.background = `var(--${isMoved ? "before" : scalingOwner})`
+    memory.querySelector(".live-scaling b").textContent = (isMoved ? moved.before : held).scaling.toFixed(2)
     file.querySelector(".live-scaling b").textContent = files.after.scaling.toFixed(2)
     const [a, b] = [[rows, inputs], [outputs, rows]], hex = address => `0x${address.toString(16).padStart(6, "0")}`
     find(".live-address").textContent = hex(held.address)
@@ -248,10 +257,10 @@ function start(page) {
     find(".live-code ul").innerHTML = guards.map(([holds, text]) => `<li class="${holds ? "" : "live-no"}">${holds ? "✓" : "✗"} ${text}</li>`).join("") +
       (failed ? '<li class="live-no"><b>compiles again</b></li>' : "")
     const box = find(".live-moved")
-    box.hidden = !(moved && failed)
+    box.hidden = !isMoved
     memory.classList.toggle("live-gone", !box.hidden)
     if (!box.hidden) {
-      box.querySelector("code").textContent = `now at ${hex(moved.after.address)}`
+      box.querySelector("code").textContent = `${now.after}: ${hex(moved.after.address)}, s ${moved.after.scaling.toFixed(2)}`
       paint(box.querySelector("canvas"), files.after.cells, files.after.cells.map(() => "after"), colors)
     }
     connect()
@@ -332,7 +341,7 @@ function start(page) {
   const stopped = () => isHalf() ? now.step : Math.min(4, last() - 1)
   function guess() {
     const box = find(".live-guess"), at = stopped()
-    box.querySelector("legend").textContent = now.guessed ? "Stopped halfway, whose answer is it?" : `Stop it halfway: after ${at} of ${last() - 1} rows, what does it answer?`
+    box.querySelector("legend").textContent = now.guessed ? "Stopped halfway" : `Stop it halfway: after ${at} of ${last() - 1} rows, what does it answer?`
     const options = [...new Set([ends.before, ends.after, ends.base]), "something else"]
     box.querySelector("div").hidden = now.guessed
     if (!now.guessed) box.querySelector("div").innerHTML = options.map(each => `<button type="button">${each}</button>`).join("")
@@ -350,14 +359,20 @@ function start(page) {
 
   /** The ribbon: the answer at each step, computed now. */
   async function answers() {
-    if (!now.guessed || !isWord(now.word)) { ribbon.hidden = true; return }
+    const key = find(".live-steps .live-key")
+    if (!now.guessed || !isWord(now.word)) {
+      ribbon.hidden = key.hidden = true
+      ribboned = ""
+      return
+    }
     const mine = `${now.before} ${now.after} ${now.word}`
-    const key = find(".live-guess .live-key")
     if (ribboned !== mine) {
       ribboned = mine
       ribbon.hidden = key.hidden = false
       ribbon.innerHTML = "<i></i>".repeat(last() + 1)
-      key.innerHTML = `<i class="is-before"></i>${now.before}’s<i class="is-after"></i>${now.after}’s<i class="is-base"></i>the base’s<i class="is-neither"></i>nobody’s`
+      const told = { before: `${now.before}’s`, after: `${now.after}’s`, base: "the base’s", neither: "nobody’s" }
+      key.innerHTML = "whose answer, after each row: " +
+        Object.entries(told).map(([kind, text]) => `<span><i class="is-${kind}"></i>${text}</span>`).join(" ")
       const counts = {}
       for (let step = 0; step <= last(); step++) {
         const text = await call("answer", { ...pair(), step, keeps: {}, word: now.word })
@@ -367,7 +382,6 @@ function start(page) {
         cell.title = text
         counts[kind] = (counts[kind] ?? 0) + 1
       }
-      const told = { before: `${now.before}’s`, after: `${now.after}’s`, base: "the base’s", neither: "nobody’s" }
       ribbon.setAttribute("aria-label", `answers at each step: ${Object.entries(counts).map(([kind, count]) => `${count} ${told[kind]}`).join(", ")}`)
     }
   }
@@ -407,7 +421,7 @@ function start(page) {
 
   async function swapTime() {
     const times = 2000, mean = await call("time", { ...pair(), times })
-    find(".live-time").textContent = `In slow motion: this page swaps in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
+    find(".live-time").textContent = `Slow motion: at full speed, this page swaps in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
   }
   function python() {
     const code = find(".live-python code")
