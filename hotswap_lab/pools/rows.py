@@ -251,8 +251,10 @@ class RowRoom(Room):
             change = begin_change(self.slot)
             change.steps.append(self._note_write)
         for number in {0, *changed}:
-            if (own := bands[number]) is not None:
-                change.copies += zip([self._rows_of(band)[number] for band in self.bands], own, strict=True)
+            memories = [self._rows_of(band)[number] for band in self.bands]
+            # where there is none, too: 0 times what was there before is no number if that overflows
+            own = bands[number] or [each.new_zeros(()).expand_as(each) for each in memories]
+            change.copies += zip(memories, own, strict=True)
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
         targets = [each[: len(scalings)] for each in self._all_scalings()]

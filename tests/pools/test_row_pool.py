@@ -182,6 +182,18 @@ def test_rows_with_the_same_mix_are_equal(pool, truth):
     assert pool._room.batch.differs
 
 
+def test_nothing_stays_of_an_adapter_that_overflowed(pool, truth, compute, folders):
+    """In a row without an adapter, 0 times infinity would be no number."""
+    huge = Adapter.load(folders["a"])
+    for tensor in huge.tensors.values():
+        tensor.fill_(torch.finfo(tensor.dtype).max)
+    pool.add("huge", huge)
+    pool.assign(["huge", "a", "huge"])
+    call(compute, truth.inputs[:3])
+    pool.assign([None, "a", None])
+    truth.check(call(compute, truth.inputs[:3]), [None, "a", None])
+
+
 def test_only_row_0_and_rows_that_change_are_written(pool, monkeypatch):
     """Other code may have written to row 0, which are the parameters."""
     written, copy = [], compat.foreach_copy
