@@ -206,12 +206,13 @@ def serve(base: str | None, adapters: str, host: str, port: int, arguments: list
     """OpenAI's API in front of a folder of adapters, in this process, until Ctrl-C."""
     import asyncio
 
+    from .serving.arguments import named_once
     from .serving.one_process import PortError, run
 
     given = {"base": base, "adapters": adapters} if base else {}
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(run(given | dict(arguments), host, port))
+            asyncio.run(run(given | named_once(arguments), host, port))
     except PortError as error:  # wrong use: one line, as of an argument that is out of its range
         (found,) = error.refusals
         print(f"hotswap-lab serve: error: {found.summary} {found.found}; {found.next_step}", file=sys.stderr)

@@ -103,7 +103,8 @@ class RecompileWatch:
     ----------
     allow:
         The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
-        With a number, a block in which no compiled code runs ends with a warning, because it shows nothing.
+        With a number, a block in which no compiled code runs ends with a warning, because it shows nothing, and so does
+        one in which PyTorch neither had a graph for a call nor compiled one, as after its ``recompile_limit``.
 
     Raises
     ------
@@ -141,7 +142,9 @@ class RecompileWatch:
         #: called when a compilation has begun, in the middle of it
         self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
+        self._misses = 0  # how often no graph did, whether one was compiled then or not
         self._earlier_runs: int | None = None  # before the block
+        self._earlier_uncompiled = 0
 
     @property
     def compiles(self) -> int:
@@ -158,24 +161,37 @@ class RecompileWatch:
         """The reason for each recompile."""
         return [each.reason for each in self.compilations if each.kind == "recompile"]
 
+    @property
+    def uncompiled(self) -> int:
+        """How often no graph did and none was compiled, as after the recompile limit, so that the code ran without."""
+        return max(self._misses - self.recompiles, 0)
+
     def _count(self, kind: str) -> int:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
         listen(self._on_start)
         _begin(self)
-        self._earlier_runs = self.runs
+        self._earlier_runs, self._earlier_uncompiled = self.runs, self.uncompiled
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
         _end(self)
-        if self._on_start in compat.dynamo_callbacks.start_callbacks:  # as it isn't after a block of its own inside
+        # a block of the same watch may be around this one
+        if self not in _watching and self._on_start in compat.dynamo_callbacks.start_callbacks:
             compat.dynamo_callbacks.remove_start_callback(self._on_start)
         is_content = error is None and self.allow is not None and self.recompiles <= self.allow
         if is_content and self.runs == self._earlier_runs is not None:
             warnings.warn(
                 f"{IDLE} in this block, so it does not show that nothing recompiles: in it, call what torch.compile "
                 "returned; for generate, which calls the module inside, use model.get_base_model().compile()",
+                stacklevel=2,
+            )
+        elif is_content and self.uncompiled > self._earlier_uncompiled:
+            warnings.warn(
+                "in this block, no graph fitted a call and none was compiled for it, so it ran without one, as after "
+                "torch._dynamo.config.recompile_limit: prepare the model, or raise the limit and call "
+                "torch.compiler.reset()",
                 stacklevel=2,
             )
 
@@ -208,6 +224,7 @@ class RecompileWatch:
         others = [f"{self._count(kind)} {kind}" for kind in TRIGGERS.values() if self._count(kind)]
         plural = "" if self.recompiles == 1 else "s"
         others += [IDLE] if self.runs == self._earlier_runs == 0 else []
+        others += [f"{self.uncompiled} without a graph"] if self.uncompiled and self.runs else []
         return ", ".join([f"{self.compiles} compiled", f"{self.recompiles} recompile{plural}", *others])
 
     def __str__(self) -> str:
@@ -260,6 +277,9 @@ def _on_lookup(others: Callable[[bool], bool] | None, fits: bool) -> bool:
     # PyTorch has checked the guards of a piece of code, and runs what it has compiled if this returns True
     if fits := others(fits) if others else fits:
         _on_run()
+    else:
+        for watch in {*_watching}:
+            watch._misses += 1
     return fits
 
 

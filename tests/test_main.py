@@ -256,6 +256,8 @@ def test_set_may_be_given_twice(monkeypatch):
     monkeypatch.setattr("hotswap_lab.serving.one_process.run", run)
     assert main(["serve", "--set", "rows=4", "--set", "held=8", "token=a=b"]) == 0
     assert given == [{"rows": "4", "held": "8", "token": "a=b"}]
+    assert main(["serve", "--set", "rows=4", "--set", "rows=8"]) == 1  # and the last one does not count in silence
+    assert len(given) == 1
 
 
 def test_show(capsys):

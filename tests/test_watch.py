@@ -240,6 +240,43 @@ def test_after_the_recompile_limit_nothing_compiled_runs():
     assert not idle(watch)
 
 
+def test_a_call_after_the_limit_is_not_hidden_by_one_that_has_a_graph():
+    """Nothing recompiles, and the first call is a run of compiled code; but the second one is not."""
+    model, x = Scaled(), torch.ones(3, 4)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled(x)
+        with warnings.catch_warnings(record=True) as warned, RecompileWatch(allow=0) as watch:
+            for model.scaling["default"] in (2.0, 3.0):
+                compiled(x)
+        assert "no graph fitted" in str(warned[0].message)
+        assert (watch.runs, watch.recompiles, watch.uncompiled) == (1, 0, 1)
+        assert watch.summary == "0 compiled, 0 recompiles, 1 without a graph"
+        model.scaling["default"] = 2.0
+        with warnings.catch_warnings(), watch:  # a block that is content
+            warnings.simplefilter("error")
+            compiled(x)
+    model.scaling["default"] = 4.0
+    torch.compiler.reset()
+    compiled(x)
+    model.scaling["default"] = 5.0
+    with RecompileWatch(allow=1) as watch:  # a call that is compiled again is none without a graph
+        compiled(x)
+    assert (watch.recompiles, watch.uncompiled) == (1, 0)
+
+
+def test_a_watch_goes_on_after_a_block_of_its_own_inside():
+    model = Scaled()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with RecompileWatch() as watch:
+        with watch:
+            compiled(torch.ones(3, 4))
+        model.scaling["default"] = 3.0
+        compiled(torch.ones(3, 4))
+    assert (watch.compiles, watch.recompiles, watch.runs) == (1, 1, 2)
+    assert watch._on_start not in callback_handler.start_callbacks
+
+
 def test_what_a_stance_or_a_failing_backend_leaves_eager():
     compiled, x = torch.compile(Scaled(), backend="eager"), torch.ones(3, 4)
     compiled(x)

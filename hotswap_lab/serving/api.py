@@ -152,7 +152,7 @@ class AskedChat(Asked):
     - ``messages``: for the model's chat template. Each has a ``role`` and a ``content``: a text, or parts of one.
     - ``logprobs``: whether to send the log probability of each token, as for completions, and its bytes: all of them
       together are those of the answer, and of the ``stop`` that ended it. They are null if the tokenizer hides them.
-    - ``top_logprobs``: and of that many of the most probable ones at its place.
+    - ``top_logprobs``: and of that many of the most probable ones at its place. Only with ``logprobs``.
     """
 
     messages: list[Message]
@@ -278,6 +278,8 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
     @api.post("/v1/chat/completions")
     async def chat_completions(call: Call, asked: AskedChat) -> Any:
+        if asked.top_logprobs and not asked.logprobs:
+            raise refused("top_without_logprobs", top=asked.top_logprobs)
         prompt = [message.written() for message in asked.messages]
         return await answered(call, asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 

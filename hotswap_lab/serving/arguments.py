@@ -63,10 +63,10 @@ class Arguments:
             wrong.append(refusal("bad_dtype", dtype=options.dtype))
         if not wrong:
             options = tried(_for_base, options, base)
-        folders = folders_of(adapters)
-        if adapters and not folders:
+        folders = tried(folders_of, adapters)
+        if adapters and folders == {}:
             wrong.append(refusal("no_adapters", found=adapters))
-        for each, path in folders.items():
+        for each, path in (folders or {}).items():
             tried(_check_adapter, each, path, name, options.target_rank if options else 0)
         if wrong:
             raise HotswapError(*wrong)
@@ -95,9 +95,17 @@ def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(adapters, str):
         return {str(name): str(path) for name, path in adapters.items()}
     if "=" in adapters and not os.path.isdir(adapters):  # Hydra names folders lr=0.1
-        return {name: path for name, _, path in (each.partition("=") for each in adapters.split(","))}
+        return named_once([(name, path) for name, _, path in (each.partition("=") for each in adapters.split(","))])
     configs = Path(adapters).glob("*/adapter_config.json") if adapters else ()
     return {path.parent.name: str(path.parent) for path in sorted(configs)}
+
+
+def named_once(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The values by name; refuses a name that comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise refused("named_twice", names=listing(map(repr, twice)))
+    return dict(pairs)
 
 
 def _number(name: str, value: object) -> int:

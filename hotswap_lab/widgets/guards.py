@@ -85,14 +85,15 @@ class Guards(WorkingView):
         self._run(partial(self._visit, name))
 
     def _visit(self, name: str | None = None) -> None:
-        seen = self._seen = []
+        seen = []
         for title, column in self.columns.items():
             self.doing: str = f"calling the model that is {title}"
             if name:
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
             seen.append(contents(column.switch))
             column.visit(name or "the first", self._check)
-        self.active, self.doing = name, ""
+        # not before: if one of them fails, the model isn't what is shown of the swap before, and the picture says so
+        self._seen, self.active, self.doing = seen, name, ""
         self.summary: str = f"{name or 'the first adapter'} is in"
 
     def _now(self) -> object:
@@ -163,14 +164,13 @@ class Column:
 
     def visit(self, label: str, check: Callable[[], None]) -> None:
         """Call the model a few times, and note the guards of the graph that ran."""
-        earlier = self.watch.runs
+        earlier, self.ran = self.watch.runs, False
         for _ in range(CALLS):
             check()
             with in_use(self.switch.model), torch.no_grad(), self.watch:
                 self.watch.call(label, self._call)
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
         if self.watch.runs == earlier is not None:  # no graph ran, as with the stance "force_eager"
-            self.ran: bool = False
             return
         self.ran = True
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first

@@ -39,7 +39,8 @@ class WriteScrubber(WorkingView):
     before, after:
         Names of two demo adapters.
     word:
-        The word that the model is asked at each step.
+        The word that the model is asked at each step. The two adapters must answer differently, or no answer on the way
+        would show which of them it is.
     guess_at:
         The step whose answer the reader is asked to guess.
 
@@ -77,6 +78,8 @@ class WriteScrubber(WorkingView):
         self.answers: dict[int, str] = {}
         for step in range(self.steps, -1, -1):
             self._run(partial(self._go, step))
+        if self.answers[0] == self.answers[self.steps]:
+            raise ValueError(f"{before} and {after} answer {word!r} alike, {self.answers[0]!r}: ask another word")
 
     def _rows(self, name: str) -> list[torch.Tensor]:
         """For each tensor of an adapter, a copy of its rank components as rows."""

@@ -70,6 +70,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         ({"base": str(demo.BASE_DIR), "adapters": "/nowhere"}, "There are no adapters.*\n.*/nowhere"),
         ({"adapters": "one=/nowhere"}, "Can't find 'adapter_config.json'"),
         ({"adapters": "one"}, "There are no adapters"),
+        ({"adapters": "one=/a,two=/b,one=/c"}, "stands for one value.*\n.*'one', more than once"),
+        ({"adapters": "one=/a,one=/c", "rows": 0}, r"(?s)rows has an invalid.*'one', more than once"),
         ({"adapters": {"demo": FAMILY["sort"]}}, "can't have the name 'demo'"),
         ({"adapters": {"a+b": FAMILY["sort"]}}, r"can't have the name 'a\+b'"),
         ({"adapters": FAMILY, "target_rank": 4}, "no_vowels has a higher rank.*\n.*rank 6\n.*target_rank=4"),

@@ -145,6 +145,20 @@ def test_it_is_not_green_where_no_graph_ran(guards, family):
 
 
 @pytest.mark.long
+def test_a_model_that_could_not_be_compiled_again_is_not_shown_as_it_was(family):
+    """The adapter is in, and the call failed: what is shown is of the swap before, and says so."""
+    model = PeftModel.from_pretrained(a_base(), family["a"]).eval()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        guards = Guards({"model": model}, family, INPUTS)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            guards.choose("rank")
+        assert "changed since: run again" in str(guards)
+        assert "nothing compiled ran" in str(guards)
+        guards.choose("same")
+        assert str(guards).startswith("Guards: same is in")
+        assert "changed since" not in str(guards)
+
+
 def test_swaps_by_others_wait_while_it_calls(guards):
     column, threads = guards.columns["prepared"], []
 

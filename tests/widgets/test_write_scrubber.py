@@ -77,6 +77,12 @@ def test_the_base_is_named_where_it_answers_on_the_way(view):
     assert named not in other._picture()
 
 
+def test_a_word_that_both_answer_alike_is_refused():
+    """With these, the picture would call sort, at step 0, what reverse answers."""
+    with pytest.raises(ValueError, match="sort and reverse answer 'fed' alike, 'def'"):
+        WriteScrubber("sort", "reverse", "fed")
+
+
 @pytest.mark.long
 def test_each_step_writes_one_row_of_every_layer():
     view = WriteScrubber("reverse", "vowels_up")
