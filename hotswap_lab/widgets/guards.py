@@ -158,6 +158,8 @@ class Column:
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
         self.switch: Switch = switch_for(model, adapters)
         self.watch: RecompileWatch = RecompileWatch()
+        #: whether a graph ran in the last visit
+        self.ran: bool = False
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}
         self.former: dict[str, tuple[str, str]] = {}
