@@ -63,7 +63,9 @@ function start(page) {
   const keeps = () => ({ padding: on.padding, scaling: on.scaling })
   const pair = () => ({ before: now.before, after: now.after })
   const isWord = text => /^[a-z]{1,10}$/.test(text)
-  const whose = answer => answer === ends.after ? "after" : answer === ends.before ? "before" : answer === ends.base ? "base" : "neither"
+  /** Whose an answer is; where both adapters answer alike, that of the one that is in memory. */
+  const whose = (answer, step = now.step) =>
+    (step ? ["after", "before", "base"] : ["before", "after", "base"]).find(each => ends[each] === answer) ?? "neither"
   const owner = answer => ({ before: `${now.before}’s answer`, after: `${now.after}’s answer`, base: "the base’s answer", neither: "neither adapter’s answer" })[whose(answer)]
   const still = matchMedia("(prefers-reduced-motion: reduce)")
 
@@ -377,7 +379,7 @@ function start(page) {
       for (let step = 0; step <= last(); step++) {
         const text = await call("answer", { ...pair(), step, keeps: {}, word: now.word })
         if (ribboned !== mine) return
-        const kind = whose(text), cell = ribbon.children[step]
+        const kind = whose(text, step), cell = ribbon.children[step]
         cell.className = `is-${kind}`
         cell.title = text
         counts[kind] = (counts[kind] ?? 0) + 1
