@@ -173,9 +173,9 @@ def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
         # a member of a pool has a name, and a mix has weights
         member, mix = getattr(owner, "name", None), getattr(owner, "weights", None)
         other, base = config and other_base(slot, config), type(slot.host.base).__name__
-        note = "; ".join(filter(None, [other and f"{other[0]}{FITS}", note])) or None
+        remarks = "; ".join(filter(None, [other and f"{other[0]}{FITS}", note])) or None
         since = None if origin is UNKNOWN else when
-        return Loaded(base, name, kind, state, own, strength, member, mix, (), source, revision, since, file, note)
+        return Loaded(base, name, kind, state, own, strength, member, mix, (), source, revision, since, file, remarks)
 
     def of_row(number: int, packed: Packed | None) -> Loaded:
         name = f"{slot.adapter_name}, row {number}"

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from ..core.change import together
+from ..core.compiled import unwrap_compiled
+from ..core.errors import refused
 from ..core.journal import Journal
 from ..files.reading import Adapter
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
 from ..swap import refusals_told
 from ..threads import Block, bases_of, locked, share_turn
+from .lora_files import components_of
 from .pipeline import Source, for_all, for_these, prepare_pipeline_for_compiled_hotswap, read_source, with_adapter
 
 #: LoRA files by the names that they get in the pool
@@ -110,6 +113,10 @@ class PipelinePool:
     def _all(self, action: Callable[[AdapterPool, str], object]) -> None:
         """Do the same in the pools of all components, and write all of it, or nothing."""
         with self._told(), locked(*self._bases), together():
+            live = components_of(self.pipe)  # a component that was freed is None, and is in no answer
+            for component, model in self._loaded.items():
+                if component in live and unwrap_compiled(live[component]) is not unwrap_compiled(model):
+                    raise refused("component_replaced", component=component)
             for component, pool in self._pools.items():
                 action(pool, component)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Callable
@@ -62,6 +63,24 @@ def ten(kind=SD) -> dict[str, dict[str, torch.Tensor]]:
 def pool_of(files, kind=SD, **options):
     pipe = kind.loaded(next(iter(files.values())))
     return pipe, PipelinePool(pipe, "style", files, **options)
+
+
+def test_a_component_that_was_replaced_is_refused():
+    """The pool would swap in a module that no answer comes from. One that was freed is in no answer."""
+    files = {"a": lora(SD, seed=1), "b": lora(SD, seed=2, rank=6)}
+    pipe, pool = pool_of(files)
+    pool.swap("a")
+    before, pipe.unet = pipe.unet, copy.deepcopy(pipe.unet)
+    for action in (lambda: pool.swap("b"), lambda: pool.using("b").__enter__(), pool.off):
+        with pytest.raises(HotswapError, match=r"pipeline's unet is not the one"):
+            action()
+    pipe.unet = before
+    pool.swap("b")
+    assert_same_latents(pipe, SD.loaded(files["b"]))
+    pipe.text_encoder, encoder = None, pipe.text_encoder
+    pool.swap("a")
+    pipe.text_encoder = encoder
+    assert_same_latents(pipe, SD.loaded(files["a"]))
 
 
 @pytest.mark.parametrize("kind", ["sd", long("sdxl"), long("flux")])
