@@ -14,16 +14,20 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import permutations
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 from front_ends import ROOT, chromium, open_browser
 from lengths import few_of
 from live_model import CLOSE, LIVE, Reference, read_in
 from playwright.sync_api import expect
+from safetensors.torch import load_file, save_file
 from test_palette import contrast
 
+import hotswap_lab
 from hotswap_lab import demo
 from hotswap_lab.demo.tasks import sample_words
 
@@ -480,3 +484,51 @@ def test_the_page_is_the_sites_first():
     assert re.search(
         rf"^---\n.*?\n---\n\n# {MAKE['TITLE']}\n\n```{{raw}} html\n:file: _build/live.html", index, re.DOTALL
     )
+
+
+# --- what the page says of the library
+
+
+def test_a_damaged_file_is_refused_before_anything_is_written(tmp_path):
+    model, _ = demo.load("pig_latin")
+    hotswap_lab.prepare_model_for_compiled_hotswap(model, adapters=[demo.adapter_path("reverse")])
+    for file in Path(demo.adapter_path("reverse")).glob("adapter_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damaged = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {damaged: tensors[damaged][:4].clone()}, file)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(hotswap_lab.HotswapError):
+        hotswap_lab.hotswap_adapter(model, str(tmp_path), "default")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["shape", "scaling"])
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_shape_and_scaling_fail_a_guard_unless_the_model_is_prepared(what, is_prepared, fresh_compiler):
+    model = demo.load("reverse")[0]  # the other way round, where no layer is added
+    if is_prepared:
+        hotswap_lab.prepare_model_for_compiled_hotswap(model, adapters=[demo.adapter_path("pig_latin")])
+    path = "model.layers.2.self_attn.q_proj"
+    layer, other = (each.get_base_model().get_submodule(path) for each in (model, demo.load("pig_latin")[0]))
+    weights = [each["default"].weight for each in (layer.lora_A, layer.lora_B)]
+    if is_prepared:  # as the page lists them
+        assert [(each.dtype, [*each.shape]) for each in weights] == [
+            (torch.float32, [32, 128]),
+            (torch.float32, [128, 32]),
+        ]
+        buffers = [each for each in layer.buffers() if each.dtype == torch.float64]
+        assert [[*each.shape] for each in buffers] == [[1, 1]]
+    compiled, inputs = torch.compile(layer, backend="eager"), torch.ones(1, 3, 128)
+    if what == "shape":  # the scaling is the other adapter's from the start
+        layer.scaling["default"] = other.scaling["default"]
+    with torch.no_grad(), hotswap_lab.RecompileWatch() as watch:
+        compiled(inputs)
+        if what == "scaling":
+            layer.scaling["default"] = other.scaling["default"]
+        else:
+            hotswap_lab.hotswap_adapter(model, demo.adapter_path("pig_latin"), "default")
+        compiled(inputs)
+    assert watch.recompiles == (not is_prepared), watch.reasons
