@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -33,8 +34,15 @@ class Repository(Folder):
             found, next_step = instead(self.name, next_step=next_step)
             found += f"; and the Hub: {first_line(_cause(error))}"
             raise refused("no_config_file", source=self.name, error=found, next_step=next_step) from error
-        self.revision: str | None = commit_of(folder)
+        self.revision: str | None = commit_of(folder) or self._commit_noted()
         return folder
+
+    def _commit_noted(self) -> str | None:
+        """The commit that huggingface_hub noted for the config, where it downloaded it to ``local_dir``."""
+        names = filter(None, (self.arguments.get("subfolder"), CONFIG_NAME + ".metadata"))
+        note = Path(str(self.arguments.get("local_dir")), ".cache", "huggingface", "download", *map(str, names))
+        first = note.read_text().partition("\n")[0] if note.is_file() else ""
+        return first if re.fullmatch("[0-9a-f]{40}", first) else None
 
     def folder_with_weights(self) -> str:
         hub = {**self.arguments, "revision": self.revision or self.arguments.get("revision")}

@@ -59,6 +59,9 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             sources.append((a, torch.cat(lines, a.rank_axis or 0)))
             scaled = [room.view_in(packed.bands, b, own.rank) * (own.scaling * weight) for packed, own, weight in on]
             sources.append((b, torch.cat(scaled, b.rank_axis or 0)))
+            whole = [room.view_in(packed.bands, b, own.rank) for packed, own, _ in on]
+            if not sources[-1][1].isfinite().all() and all(each.isfinite().all() for each in whole):
+                raise refused("mix_overflows", weights=mix.weights, path=layer.path, dtype=whole[0].dtype)
     config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
     return room.pack(State(tuple(settings), config, mix), sources)
 

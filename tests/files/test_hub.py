@@ -196,10 +196,11 @@ def test_a_repository_that_was_pushed_to(hub, swaps_in, folders):
     assert hub.log == []
 
 
-@pytest.mark.parametrize("arguments", [long({}), {"revision": "main"}])
+@pytest.mark.parametrize("arguments", [long({}), {"revision": "main"}, {"local_dir": "here"}])
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json"])
-def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders, file, arguments):
+def test_config_and_weights_are_of_one_commit(hub, swaps_in, folders, file, arguments, tmp_path, monkeypatch):
     """Somebody pushes in between, also to the branch that is asked for."""
+    monkeypatch.chdir(tmp_path)
     commit = hub.commit("team/adapter")
 
     def push(path: str) -> None:

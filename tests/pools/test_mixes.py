@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -147,3 +148,16 @@ def test_a_refused_mix_names_a_rank_that_is_enough(names):
         AdapterPool(demo.load("reverse")[0], adapters=adapters, progress=False).swap(mix)
     rank = int(re.search(r"target_rank=(\d+)", str(refusal.value))[1])
     AdapterPool(demo.load("reverse")[0], adapters=adapters, target_rank=rank, progress=False).swap(mix)
+
+
+def test_a_mix_whose_values_overflow_is_refused(tmp_path):
+    kind = dataclasses.replace(KINDS["linear"], dtype=torch.float16)
+    folders = {name: save_random_adapter(kind, tmp_path / name, seed, r=2) for seed, name in enumerate("ab")}
+    model = PeftModel.from_pretrained(kind.base(), folders["a"], autocast_adapter_dtype=False).eval()
+    pool = AdapterPool(model, adapters=folders, target_rank=4, progress=False)
+    pool.swap({"a": 100, "b": -100})
+    before = pool.active, {key: each.clone() for key, each in model.named_parameters()}
+    with pytest.raises(HotswapError, match=r"values that torch\.float16 lacks"):
+        pool.swap({"a": 1e6, "b": -1e6})
+    assert pool.active == before[0]
+    assert all(each.equal(before[1][key]) and each.isfinite().all() for key, each in model.named_parameters())
