@@ -284,7 +284,9 @@ function start(page) {
   function controls() {
     const at = now.step, rows = last() - 1
     range.value = at
-    const text = at === 0 ? `0 of ${rows} rows are written, then s` : at === last() ? `${rows} rows and s are written` : `${at} of ${rows} rows are written, then s`
+    const count = `${at} of ${rows} rows are written`, own = Math.max(...ranks[now.after])
+    const over = `${on.padding ? Math.min(own, rows) : rows} rows${on.scaling ? " are written, but not s" : " and s are written"}`
+    const text = at === last() ? over : on.damaged && at === end() ? `${count}, then the file ends` : `${count}, then s`
     range.setAttribute("aria-valuetext", text)
     find(".live-step").textContent = text
     find(".live-swap").textContent = now.playing ? "Stop" : at === 0 ? "Swap" : at < end() ? "Go on" : Object.values(on).some(Boolean) ? "Again" : "Swap back"

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium
 
 NAMES = demo.adapter_names()
 WORDS = [*dict.fromkeys(["hotswap", "a", "notebooks", *sample_words(60, seed=7, held_out=True)])][:50]
-HALFWAY_WORDS = ["hotswap", "elephant", "kernel", "i", "adapterbox"]
+HALFWAY_WORDS = ["hotswap", "weights", "kernel", "banana", "i"]
 MAKE = runpy.run_path(str(LIVE / "make.py"))
 LOOK = "color-scheme:light dark;background:light-dark(#fff,#0d1117)"
 HEAD = f'<!doctype html><html style="{LOOK}"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
