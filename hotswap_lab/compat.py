@@ -27,6 +27,7 @@ NAMES = {
     "dynamo_callbacks": "torch._dynamo.callback:callback_handler",
     "register_bytecode_hook": "torch._dynamo.convert_frame:register_bytecode_hook",
     "set_guard_complete_hook": "torch._C._dynamo.eval_frame:set_guard_complete_hook",
+    "maybe_mark_dynamic": "torch._dynamo:maybe_mark_dynamic",
     "dynamo_metrics": "torch._dynamo.utils:get_metrics_context",
     "inductor_config": "torch._inductor:config",
     "fresh_inductor_cache": "torch._inductor.utils:fresh_inductor_cache",

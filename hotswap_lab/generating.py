@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from . import compat
 from .core.errors import HotswapError
 
 
@@ -109,7 +110,7 @@ def any_size(tensor: Tensor, *axes: int) -> Tensor:
     """Have a graph that is compiled next take any size of these axes, but for those of size 1."""
     for axis in axes:
         if tensor.shape[axis] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+            compat.maybe_mark_dynamic(tensor, axis)
     return tensor
 
 

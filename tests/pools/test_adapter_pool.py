@@ -457,7 +457,7 @@ def test_a_checkpoint_of_another_rank_or_other_layers_is_refused(sources):
     of_rank_8 = {key: value.clone() for key, value in model.state_dict().items()}
     for name in ("a", "d"):
         pool.swap(name)
-        refused("of another adapter", model.load_state_dict, of_rank_8)
+        refused("does not fit the adapter", model.load_state_dict, of_rank_8)
         pool.swap(name)
         assert_is(model, sources[name])
     own = {key: value.clone() for key, value in model.state_dict().items()}
