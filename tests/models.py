@@ -114,8 +114,9 @@ bert = partial(_of_transformers, "Bert", "ForMaskedLM", **TINY, max_position_emb
 opt = partial(_of_transformers, "OPT", **TINY | OPT)
 qwen = partial(_of_transformers, "Qwen2", **FEW)
 #: a mixture of experts, which are parameters, not layers; LoRA goes on the attention
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")  # others lack float64
-mixtral = partial(_of_transformers, "Mixtral", **FEW, **EXPERTS)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+# the default implementation lacks float64
+mixtral = partial(_of_transformers, "Mixtral", **FEW, **EXPERTS, experts_implementation="batched_mm")
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -160,6 +160,12 @@ def rounding(model: torch.nn.Module, inputs: object) -> float:
     return ROUNDINGS * max(off, *(torch.finfo(each).eps for each in dtypes if each.is_floating_point))
 
 
+def rounding_of_inductor(model: torch.nn.Module, inputs: object) -> float:
+    """What compiled code may differ by: it rounds otherwise what a model computes in float32 anyway, as its ropes."""
+    single = converted(inputs, torch.float32)
+    return rounding(copy.deepcopy(model).float(), single)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
     """``tolerance`` is relative to the largest number, and is given where it isn't of float64."""
     if tolerance is None:

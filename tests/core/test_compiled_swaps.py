@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, save_family
-from oracle import assert_close, assert_same_outputs
+from oracle import assert_close, assert_same_outputs, rounding_of_inductor
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from refusals import refused
@@ -49,7 +50,7 @@ def prepared(kind: Kind, folders: list[str], first: int = 0):
     return model
 
 
-def assert_swaps_without_recompiling(kind, compiled, folders, order) -> None:
+def assert_swaps_without_recompiling(kind, compiled, folders, order, tolerance: float | None = None) -> None:
     """The first calls compile; then each swap of ``order`` gives the output of a fresh load, from the same graph.
 
     Each second swap is that of a state dict into the model as it was before it was wrapped.
@@ -66,7 +67,7 @@ def assert_swaps_without_recompiling(kind, compiled, folders, order) -> None:
                 hotswap_adapter_from_state_dict(original, new.tensors, "default", new.config)
             else:
                 hotswap_adapter(compiled, folders[number], "default")
-            assert_same_outputs(compiled, fresh[number], kind, margin=100)
+            assert_same_outputs(compiled, fresh[number], kind, tolerance, margin=100)
     assert (watch.compiles, watch.recompiles) == (0, 0)
     assert slot.data_ptrs() == addresses
 
@@ -134,7 +135,9 @@ FORMS = {
 @pytest.mark.long
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "inference mode"])  # a function has no adapter
 def test_forms_of_compiling(folders, form):
-    assert_swaps_without_recompiling(LLAMA, FORMS[form](prepared(LLAMA, folders)), folders, (1, 2, 3, 0, 3, 2, 1))
+    compiled = FORMS[form](prepared(LLAMA, folders))
+    tolerance = max(rounding_of_inductor(load(LLAMA, each), LLAMA.inputs()) for each in folders)
+    assert_swaps_without_recompiling(LLAMA, compiled, folders, (1, 2, 3, 0, 3, 2, 1), tolerance)
 
 
 #: other ranks, alphas and layers
@@ -351,16 +354,17 @@ def test_freezing_before_the_first_plan_of_a_process(tmp_path):
 
 @pytest.mark.long
 def test_freezing_keeps_the_old_adapter(tmp_path):
-    """If PyTorch ever changes that, the refusals can go."""
-    old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
-    model = prepared(LINEAR, [old, new])
+    """If PyTorch ever changes that, the refusals can go. It leaves float64 alone."""
+    kind = replace(LINEAR, dtype=torch.float32)
+    old, new = save_family(kind, tmp_path, dict(r=4), dict(r=8))
+    model = prepared(kind, [old, new])
     compiled = torch.compile(model)
     with torch._inductor.config.patch(freezing=True):
-        before = call(compiled, LINEAR.inputs())
+        before = call(compiled, kind.inputs())
     frozen.clear()  # as if it had not been seen
     hotswap_adapter(compiled, new, "default")
-    assert torch.equal(call(compiled, LINEAR.inputs()), before)
-    assert not torch.allclose(call(model, LINEAR.inputs()), before)
+    assert torch.equal(call(compiled, kind.inputs()), before)
+    assert not torch.allclose(call(model, kind.inputs()), before)
 
 
 @pytest.mark.parametrize("ready", [False, True])

@@ -164,7 +164,7 @@ def test_a_fused_step_that_is_compiled(tmp_path, fresh_compiler):
     optimizer = torch.optim.AdamW(parameters, fused=True)
     before = [each.detach().clone() for each in parameters]
     for each in parameters:
-        each.grad = torch.ones(each.shape)
+        each.grad = torch.ones(each.shape, dtype=each.dtype)
     with pytest.raises(Exception, match="foreach=True"):
         torch.compile(optimizer.step, backend="eager")()
     assert all(map(torch.equal, before, parameters))
@@ -173,7 +173,7 @@ def test_a_fused_step_that_is_compiled(tmp_path, fresh_compiler):
 def step_elsewhere(model, queue) -> None:
     parameters = trained(model)
     for each in parameters:
-        each.grad = torch.ones(each.shape)
+        each.grad = torch.ones(each.shape, dtype=each.dtype)
     try:
         torch.optim.SGD(parameters, lr=0.1, fused=True).step()
     except HotswapError as error:

@@ -25,7 +25,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from lengths import long
-from models import in_float64
+from models import in_float64, randn
 from oracle import assert_same_tables, assert_same_tensors, config_of, untouched
 from partial import some_of
 from peft import LoraConfig, inject_adapter_in_model
@@ -670,5 +670,5 @@ def test_native_adapters_of_one_model():
     adapter = read_pipeline_lora(pipe, new)["unet"]
     hotswap_adapter(pipe.unet, adapter, "style")
     assert_same_component(pipe.unet, SD.loaded(new).unet, "style")
-    inputs = dict(sample=torch.randn(1, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=torch.randn(1, 5, 16))
+    inputs = dict(sample=randn(1, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=randn(1, 5, 16))
     assert verify_hotswap(pipe.unet, adapter, "style", inputs=inputs)

@@ -22,7 +22,18 @@ from pathlib import Path
 import pytest
 import torch
 from lengths import few_of, long
-from models import ARCHITECTURES, KINDS, Kind, call, load, lora_layers, randomize, save_family, save_random_adapter
+from models import (
+    ARCHITECTURES,
+    KINDS,
+    Kind,
+    call,
+    load,
+    lora_layers,
+    randn,
+    randomize,
+    save_family,
+    save_random_adapter,
+)
 from oracle import assert_close, assert_equals_fresh_load, assert_same, assert_same_outputs, observe, untouched
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -756,7 +767,7 @@ def save_with_head(folder: Path, seed: int) -> str:
     torch.manual_seed(seed)
     model.train()
     for _ in range(seed):  # the running statistics of other data, and how many batches that were
-        model(torch.randn(8, 12) * seed + seed)
+        model(randn(8, 12) * seed + seed)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -796,7 +807,7 @@ def test_a_head_with_buffers(tmp_path):
         some = {key: each for key, each in some.items() if each.numel()}
         refused("running_mean", pool.update, "a", some, new.config)
     pool.update("a", new.tensors, new.config)
-    norm.train()(torch.ones(8, 16))  # what was trained since comes back after a block
+    norm.train()(torch.ones(8, 16, dtype=torch.float64))  # what was trained since comes back after a block
     norm.eval()
     assert pool.active is None, "a head that was trained is noticed"
     trained = norm.running_mean.clone()
