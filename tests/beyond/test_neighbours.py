@@ -242,14 +242,15 @@ FROM_BASE = {
 @pytest.mark.parametrize("name", few_of(FROM_BASE, ("DoRA",)))
 def test_the_base_weights_contain_another_adapter(tmp_path, name):
     """Merged before the swap, or between a plan and its commit."""
-    old, new, other = save_all(tmp_path, *FROM_BASE[name])
-    model = _merged(_two(LLAMA, old, other))
+    kind = kind_for(name)
+    old, new, other = save_all(tmp_path, *FROM_BASE[name], kind=kind)
+    model = _merged(_two(kind, old, other))
     refused(MERGED, hotswap_adapter, model, new, "default")
     plan = plan_hotswap(_without(model), new)
     _merged(model)
     refused(MERGED, commit, plan)
     hotswap_adapter(_without(model), new, "default")
-    assert_same_outputs(model, load(LLAMA, new), LLAMA, margin=10)
+    assert_same_outputs(model, load(kind, new), kind, margin=10)
 
 
 @pytest.mark.parametrize(
