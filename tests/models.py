@@ -126,9 +126,13 @@ def in_float64(model: nn.Module) -> nn.Module:
     model.double()
     for each in model.parameters():
         each.data *= 1 + 2**-30
+    return with_exact_norms(model)
+
+
+def with_exact_norms(model: nn.Module) -> nn.Module:
+    """PyTorch's RMSNorm in place of transformers' own, which computes in float32 whatever the model has."""
     for path, module in [*model.named_modules()]:
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            # transformers' own computes in float32 whatever the model has
             norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon).train(module.training)
             norm.weight = module.weight
             model.set_submodule(path, norm)

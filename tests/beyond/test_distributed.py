@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import KINDS, Kind, call, llama, load, save_random_adapter
+from models import KINDS, Kind, call, llama, load, save_random_adapter, with_exact_norms
 from oracle import assert_close, assert_same_outputs, assert_same_tables, assert_same_tensors, config_of, tables_of
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -279,7 +279,7 @@ def parallel(world: World, model) -> PeftModel:
 def parallel_by_transformers(world: World, model) -> PeftModel:
     config = DistributedConfig(tp_size=PROCESSES)
     base = AutoModelForCausalLM.from_pretrained(world.folder / "base", distributed_config=config)
-    model = PeftModel.from_pretrained(base, world.adapter("first")).eval()
+    model = PeftModel.from_pretrained(with_exact_norms(base), world.adapter("first")).eval()
     assert {parameter.placements for parameter in sharded(model)} == {(Shard(0),), (Shard(1),)}
     return model
 

@@ -60,7 +60,8 @@ FAMILIES: dict[str, tuple[Kind, list[PeftConfig]]] = {
     "LoHa": (
         LLAMA,
         [
-            LoHaConfig(r=rank, alpha=3 * rank - 4, target_modules=modules, rank_pattern={"q_proj": rank + 1})
+            # whose scalings PEFT rounds to float32
+            LoHaConfig(r=rank, alpha=rank * rank // 2, target_modules=modules, rank_pattern={"q_proj": 2 * rank})
             for rank, modules in ((4, ALL), (6, ALL), (2, FEW))
         ],
     ),
