@@ -247,7 +247,9 @@ def test_the_base_weights_contain_another_adapter(tmp_path, name):
     _merged(model)
     refused(MERGED, commit, plan)
     hotswap_adapter(_without(model), new, "default")
-    assert_same_outputs(model, load(kind, new), kind, margin=10)
+    # in float32, what was merged and taken out again leaves the base weights rounded
+    tolerance = 1e-5 if kind.dtype == torch.float32 else None
+    assert_same_outputs(model, load(kind, new), kind, tolerance, margin=10)
 
 
 @pytest.mark.parametrize(
