@@ -298,11 +298,14 @@ function start(page) {
   // --- the swap in slow motion
 
   function play() {
-    if (now.step === end()) {
-      if (!Object.values(on).some(Boolean)) [now.before, now.after] = [now.after, now.before]
-      now.step = 0
-      return choose().then(play)
-    }
+    if (now.step < end()) return fly()
+    if (!Object.values(on).some(Boolean)) [now.before, now.after] = [now.after, now.before]
+    now.step = 0
+    const me = (now.playing = performance.now())  // so that another click, before the files are read, stops it
+    return choose().then(() => now.playing === me && fly())
+  }
+
+  function fly() {
     if (still.matches) return go(end())
     const begun = performance.now() - (now.step / last()) * SECONDS * 1000, me = (now.playing = begun)
     const canvas = find(".live-flight"), brush = canvas.getContext("2d"), background = mix(rgb("card"), [0, 0, 0], 0)
