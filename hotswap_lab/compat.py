@@ -51,6 +51,8 @@ GENERATES = {
 }
 #: its local variables with the batch as given, and as it is after that
 EXPANDED = ("inputs_tensor", "input_ids")
+#: the modules whose ``generate`` repeats each row itself before it calls another one, by the variable with the number
+REPEATS = {"transformers.models.whisper.generation_whisper": "num_return_sequences"}
 #: attributes of PEFT's layers, whose properties are too slow for a look at each call
 ADAPTER_STATE = ("_disable_adapters", "merged_adapters", "_active_adapter")
 #: the versions that have them

@@ -142,6 +142,7 @@ class RecompileWatch:
         #: called when a compilation has begun, in the middle of it
         self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
+        self._blocks = 0  # the blocks that are open, one inside another
         self._misses = 0  # how often no graph did, whether one was compiled then or not
         self._earlier_runs: int | None = None  # before the block
         self._earlier_uncompiled = 0
@@ -170,16 +171,23 @@ class RecompileWatch:
         return sum(each.kind == kind for each in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
-        listen(self._on_start)
-        _begin(self)
         self._earlier_runs, self._earlier_uncompiled = self.runs, self.uncompiled
+        listen(self._on_start)
+        self._blocks += 1
+        try:
+            _begin(self)
+        except BaseException:
+            self.__exit__(True)
+            raise
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        _end(self)
-        # a block of the same watch may be around this one
-        if self not in _watching and self._on_start in compat.dynamo_callbacks.start_callbacks:
+        self._blocks -= 1  # one of the same watch may be around this one
+        if not self._blocks and self._on_start in compat.dynamo_callbacks.start_callbacks:
             compat.dynamo_callbacks.remove_start_callback(self._on_start)
+        if self in _watching:
+            _watching.remove(self)
+            _end(self)
         is_content = error is None and self.allow is not None and self.recompiles <= self.allow
         if is_content and self.runs == self._earlier_runs is not None:
             warnings.warn(
@@ -254,7 +262,11 @@ def _begin(watch: RecompileWatch) -> None:
             watch.runs = None
             return
         if not _watching:
+            if _handle:  # an end that was interrupted may have left it, and the hook: they would count twice
+                _handle.remove()
             others = set_hook(None)
+            if isinstance(others, functools.partial) and others.func is _on_lookup:
+                (others,) = others.args
             set_hook(_hook := functools.partial(_on_lookup, others))
             _handle = register(_on_run)
         _watching.append(watch)
@@ -262,9 +274,6 @@ def _begin(watch: RecompileWatch) -> None:
 
 def _end(watch: RecompileWatch) -> None:
     with _lock:
-        if watch not in _watching:
-            return
-        _watching.remove(watch)
         hook = compat.set_guard_complete_hook(_hook if _watching else _hook.args[0])
         if hook is not _hook:  # that of others, which came in the block and perhaps does not call ours
             compat.set_guard_complete_hook(hook)

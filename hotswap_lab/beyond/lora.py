@@ -175,8 +175,9 @@ class FullLora(Beyond, Lora):
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
     def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
-        if (original := type(layer.lora_variant.get(adapter_name))) in DORA:
-            journal.set_item(layer.lora_variant, adapter_name, offable(original))
+        variant = layer.lora_variant.get(adapter_name)
+        if isinstance(variant, DORA) and not isinstance(variant, _Offable):  # that of embeddings is a subclass
+            journal.set_item(layer.lora_variant, adapter_name, offable(type(variant)))
 
     def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
         own, base, name = {layer.path: layer for layer in slot.layers}, slot.host.base, slot.adapter_name

@@ -43,17 +43,24 @@ def copies_in_generate(base: torch.nn.Module, size: int, total: int) -> Copies |
     None if it calls ``base`` with other rows, or there is none. Refuses rows that would be the beams of one prompt.
     """
     frame: Any = sys._getframe(1)
-    while frame and (frame.f_code.co_name != "generate" or frame.f_globals.get("__name__") not in compat.GENERATES):
+    own, earlier = {}, 1
+    while frame:
+        module, found = frame.f_globals.get("__name__"), frame.f_locals if frame.f_code.co_name == "generate" else {}
+        if not own and found and module in compat.GENERATES:
+            own, has_guidance = found, compat.GENERATES[module]
+        elif own and found and module in compat.REPEATS and found.get("self") is own["self"]:
+            earlier = found.get(compat.REPEATS[module]) or 1
         frame = frame.f_back
-    own = frame.f_locals if frame else {}
+    if not own or not any(each is base for each in own["self"].modules()):
+        return None
     given, expanded = (own.get(name) for name in compat.EXPANDED)
     if given is None or expanded is None:  # the encoder is called before the batch is expanded
-        return None
-    guidance = own["model_kwargs"].get("guidance_scale") if compat.GENERATES[frame.f_globals["__name__"]] else None
+        return Copies(1, earlier) if total == earlier * size else None
+    guidance = own["model_kwargs"].get("guidance_scale") if has_guidance else None
     times = 2 if guidance is not None and guidance > 1 else 1
-    if len(expanded) * times != total or not any(each is base for each in own["self"].modules()):
-        return None  # other rows, or another model
-    if size == len(given):
+    if len(expanded) * times != total:
+        return None  # other rows
+    if earlier * size == len(given):
         return Copies(times, len(expanded) // size)
     if own["generation_config"].num_beams > 1:  # each has the memory of others
         raise refused("beams_of_rows", size=size, given=len(given))

@@ -18,7 +18,7 @@ from hotswap_lab import (
     prepare_model_for_compiled_hotswap,
 )
 
-MLP, CONVOLUTIONS = KINDS["linear"], KINDS["conv"]
+MLP, CONVOLUTIONS, EMBEDDED = KINDS["linear"], KINDS["conv"], KINDS["embedding"]
 
 
 def _exact(folder: str, kind=MLP):
@@ -27,7 +27,8 @@ def _exact(folder: str, kind=MLP):
 
 def _answer(model, kind=MLP) -> torch.Tensor:
     torch.manual_seed(0)
-    return call(model, kind.inputs().double())
+    inputs = kind.inputs()
+    return call(model, inputs.double() if inputs.is_floating_point() else inputs)
 
 
 def _assert_equal(model, fresh, kind=MLP) -> None:
@@ -135,13 +136,14 @@ def _change_base(*models) -> None:
 
 def _doras(tmp_path, kind) -> list[str]:
     targets = ["first", "blocks.1", "last"] if kind is MLP else ["conv1d", "conv2d", "conv3d"]
+    targets = ["head", "embed"] if kind is EMBEDDED else targets  # the embedding is turned off
     dora = dict(use_dora=True)
     return save_family(
         kind, tmp_path, dict(r=4, target_modules=targets, **dora), dict(r=4, target_modules=targets[:1], **dora)
     )
 
 
-@pytest.mark.parametrize("kind", [MLP, CONVOLUTIONS], ids=["linear", "conv"])
+@pytest.mark.parametrize("kind", [MLP, CONVOLUTIONS, EMBEDDED], ids=["linear", "conv", "embedding"])
 @pytest.mark.parametrize("way", ["swap", "reserved", "pool", "pool, base changed before", "compiled"])
 def test_where_dora_is_off_the_base_may_change(tmp_path, way, kind):
     full, few = _doras(tmp_path, kind)
