@@ -187,10 +187,11 @@ class Replica:
                 raise refused("not_read_in_rows", name=type(self.pool.model.get_base_model()).__name__, reason=reason)
             _log.warning("Rows can't come and go in this model (%s): it answers one request at a time.", reason)
             return None
-        if options.package:
-            reader.use_ahead(options.package)
-        elif options.compile:
-            reader.compile("inductor")
+        with self.pool.assigned([None] * rows):  # code for as many rows as will be served
+            if options.package:
+                reader.use_ahead(options.package)
+            elif options.compile:
+                reader.compile("inductor")
         return reader
 
     def load(self, versions: Sequence[Version]) -> None:
