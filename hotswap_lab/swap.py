@@ -23,7 +23,8 @@ from .core.adapter import Adapter
 from .core.change import apply
 from .core.errors import HotswapError, refusal
 from .core.host import Config, Host, carriers, find_host, hosts_in, name_in
-from .core.loaded import LoadedList, loaded_of, tell
+from .core.loaded import LoadedList, loaded_of
+from .core.log import log_event
 from .core.plan import Plan
 from .core.planner import make_plan
 from .core.prepare import as_list, changes_to_prepare, check_not_compiled, raise_ranks, slots_to_prepare
@@ -113,7 +114,7 @@ def hotswap_adapter(
     """
     if adapter_name is None:
         adapter_name = name_in(model, None)
-    with refusals_told(model, adapter_name, model_name_or_path):
+    with refusals_logged(model, adapter_name, model_name_or_path):
         host = find_host(model, adapter_name)
         # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
         adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=not is_shared(host.base))
@@ -175,7 +176,7 @@ def hotswap_adapter_from_state_dict(
     -----
     Same call as ``peft.utils.hotswap.hotswap_adapter_from_state_dict`` of PEFT 0.21.
     """
-    with refusals_told(model, adapter_name, "a state dict"):
+    with refusals_logged(model, adapter_name, "a state dict"):
         host = find_host(model, adapter_name)
         adapter = Adapter.from_state_dict(state_dict, config, allow_nonfinite=allow_nonfinite)
         with locked(host.base):
@@ -278,7 +279,7 @@ def commit(*plans: Plan) -> None:
     if not plans:
         return
     wanted = ", ".join(plan.adapter.source for plan in plans)
-    with refusals_told(plans[0].slot.host.root, plans[0].slot.adapter_name, wanted):
+    with refusals_logged(plans[0].slot.host.root, plans[0].slot.adapter_name, wanted):
         for plan in plans:
             plan.raise_if_refused()
         with locked(*(plan.slot.host.base for plan in plans)):
@@ -301,11 +302,11 @@ def carry_out(plans: Sequence[Plan]) -> None:
     for plan in plans:
         plan.raise_if_refused()
         warn_of(plan)
-    apply([plan.change() for plan in plans], tell=lambda: tell("swap", [plan.slot for plan in plans]))
+    apply([plan.change() for plan in plans], log=lambda: log_event("swap", [plan.slot for plan in plans]))
 
 
 @contextlib.contextmanager
-def refusals_told(model: Any, adapter_name: str | None, wanted: object = None) -> Iterator[None]:
+def refusals_logged(model: Any, adapter_name: str | None, wanted: object = None) -> Iterator[None]:
     """Log the refusal that ends this block, with what is in the model, which is what was in it before."""
     try:
         yield
@@ -315,7 +316,7 @@ def refusals_told(model: Any, adapter_name: str | None, wanted: object = None) -
             slot = resolve_slot(model, name_in(model, adapter_name))
         if not is_told:  # by a block inside of this one
             is_told.append(True)
-            tell("refusal", [slot], error, wanted)
+            log_event("refusal", [slot], error, wanted)
         raise
 
 
@@ -405,7 +406,7 @@ def prepare_model_for_compiled_hotswap(
     """
     # PEFT's wording
     found = "prepare_model_for_compiled_hotswap was called with a model that is already compiled, or has compiled parts"
-    with refusals_told(model, adapter_name):
+    with refusals_logged(model, adapter_name):
         bases = [host.base for host in carriers(model)]
         check_not_compiled(model, check_compiled, found)
         family = [read(each, only_config=True, **hub) for each in as_list(adapters)]
@@ -414,7 +415,7 @@ def prepare_model_for_compiled_hotswap(
             if config and target_rank is not None:
                 given = config.values() if isinstance(config, Mapping) else [config]
                 changes[0].steps.append(functools.partial(raise_ranks, model, given, target_rank))
-            apply(changes, tell=lambda: tell("prepare", slots_to_prepare(METHODS, model, adapter_name)))
+            apply(changes, log=lambda: log_event("prepare", slots_to_prepare(METHODS, model, adapter_name)))
 
 
 # ---- around a swap
@@ -483,9 +484,9 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
     'pawstoh'
     """
     adapter_name = name_in(model, adapter_name)
-    with refusals_told(model, adapter_name), locked((host := find_host(model, adapter_name)).base):
+    with refusals_logged(model, adapter_name), locked((host := find_host(model, adapter_name)).base):
         slot = slot_for(METHODS, host, adapter_name)
-        apply([change_strength(slot, strength)], tell=lambda: tell("strength", [slot]))
+        apply([change_strength(slot, strength)], log=lambda: log_event("strength", [slot]))
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:

@@ -37,9 +37,9 @@ STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: which something stays if it fails
 SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "cleanup"})
 #: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
-BLOCKS = frozenset({"_taken", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
+BLOCKS = frozenset({"_blocks", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
 #: of these, what Ctrl-C may come to at any of its steps
-TURNS = frozenset({"_taken"})
+TURNS = frozenset({"_blocks"})
 #: nor can a line fail here; but Ctrl-C may come at any of its steps
 HOLDING = "interrupts_held"
 #: C functions that can't fail: they take no memory, and ask no disk and no device

@@ -474,7 +474,7 @@ def test_a_pipeline(folders, names):
 
 @pytest.mark.long
 def test_those_who_wait_while_models_get_one_turn_wait_for_all_of_them(folders):
-    """And code that found a model's former turn before, such as a block that it enters later."""
+    """And code that found a model's previous turn before, such as a block that it enters later."""
     models = [load(KIND, folders["old"]) for _ in range(2)]
     bases, last = [bases_of(each)[0] for each in models], models[1]
     early = in_use(last)
@@ -950,9 +950,9 @@ def test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused(pool):
 
 
 @pytest.mark.usefixtures("without_garbage")
-@pytest.mark.parametrize("line", ["Turn.in_the_way", "Turn._ask", "Turn.settle", "Turn.let_in", "_is_left"])
+@pytest.mark.parametrize("line", ["Turn.in_the_way", "Turn._ask", "Turn.let_in_waiting", "Turn.let_in", "_is_left"])
 def test_a_generator_collected_in_the_middle_of_an_entry(pool, folders, monkeypatch, line):
-    """Wherever the collector runs: nothing waits for itself, no turn is lost, and the former adapter is back."""
+    """Wherever the collector runs: nothing waits for itself, no turn is lost, and the previous adapter is back."""
     (turn,) = turns_of(bases_of(pool))
     steps = [stream(pool, "new")]
     next(steps[0])

@@ -128,7 +128,7 @@ class AheadModel:
         self.check()
         rows: Any = contextlib.nullcontext()
         if self._batch is not None and self._top is self.base:
-            rows = self._batch.entered((), named(self._signature, args, kwargs))
+            rows = self._batch.around_call((), named(self._signature, args, kwargs))
         elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
             self._batch.check_in_graph({}, PART, size_of((), named(self._signature, args, kwargs)), self._copies)
         with torch.no_grad(), rows:

@@ -26,7 +26,7 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
     compared.
     """
     inference = torch.is_inference_mode_enabled() or any(each.is_inference() for each in top.buffers())
-    with torch.inference_mode(inference), torch.no_grad():  # the former turns gradients on where it is off
+    with torch.inference_mode(inference), torch.no_grad():  # the previous turns gradients on where it is off
         calls = _calls(top, compiled, given)
         for path, (arguments, named), expected in calls:
             module = top.get_submodule(path)

@@ -183,8 +183,8 @@ def change_to_originals(
     pairs = [*found.copies, *if_any] if found.copies else []
 
     def put_back(journal: Journal) -> None:
-        former = [(target, target.detach().clone()) for target, _ in pairs]
-        journal.record(torch.no_grad()(lambda: copy_all(former)))
+        previous = [(target, target.detach().clone()) for target, _ in pairs]
+        journal.record(torch.no_grad()(lambda: copy_all(previous)))
         copy_all(pairs)
         clear_gradients([target for target, _ in found.copies], journal)
         journal.set_item(vars(slot.config), LOST_ORIGINALS, found.lost)

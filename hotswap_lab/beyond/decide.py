@@ -24,9 +24,9 @@ from ..core.memory import overlaps_in
 from ..core.plan import Plan
 from ..core.planner import adaptable, check_compiled, misfits, only_for
 from ..core.slot import Slot, SlotLayer, begin_change
-from ..core.telling import write_scalings
 from ..core.tensors import have_same_values, is_prepared
 from ..core.wrappers import inside, is_wrapper
+from ..core.writing import write_scalings
 from .base_values import ORIGINALS, base_weight, change_base_values, kept_originals, lost_originals
 from .configs import extra_state, form_for
 from .difference import Graft, difference
@@ -38,7 +38,7 @@ from .shards import check_parallel_training, holds_shards
 from .targets import TARGETS, Targets, find_targets, keep_targets
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
-FORMER_LAYERS = "hotswap_former_layers"
+PREVIOUS_LAYERS = "hotswap_previous_layers"
 #: what a plan was asked for, and what it has noted
 GIVEN = ("slot", "adapter", "compiled", "add_layers", "check_targets", "base_weights", "notes", "warnings")
 IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
@@ -89,7 +89,7 @@ def take_base_weights(plan: Plan) -> None:
             plan.refuse("other_base_weights", key=key)
     paths = {path for key in tensors if (path := adaptable(base, key)) is not None}
     # layers that had the adapter before may get it again without add_layers
-    if paths and paths <= former_layers(base, plan.slot.adapter_name):
+    if paths and paths <= previous_layers(base, plan.slot.adapter_name):
         plan.add_layers = True
 
 
@@ -155,7 +155,7 @@ def change_from_graft(plan: FreshPlan) -> Change:
 
 
 def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal) -> None:
-    """Record on the model what the next swap needs: originals, targets, former layers and added layers."""
+    """Record on the model what the next swap needs: originals, targets, previous layers and added layers."""
     host, name, graft = plan.slot.host, plan.slot.adapter_name, plan.graft
     noted = host.base.__dict__
     clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
@@ -165,16 +165,16 @@ def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal)
     plan.config.__dict__[LOST_ORIGINALS] = graft.base.lost
     keep_targets(plan.slot, plan.targets, plan.config, journal)
     if graft.unwrapped:
-        former = former_layers(host.base, name).union(graft.unwrapped)
-        journal.set_item(noted, FORMER_LAYERS, {**noted.get(FORMER_LAYERS, {}), name: former})
+        previous = previous_layers(host.base, name).union(graft.unwrapped)
+        journal.set_item(noted, PREVIOUS_LAYERS, {**noted.get(PREVIOUS_LAYERS, {}), name: previous})
     names = getattr(host.tuner, "targeted_module_names", None)
     if graft.added and names is not None:
         journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *graft.added])])
 
 
-def former_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
+def previous_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
     """The paths of layers that a swap removed the adapter from, and may add it to again without ``add_layers``."""
-    return base.__dict__.get(FORMER_LAYERS, {}).get(adapter_name, frozenset())
+    return base.__dict__.get(PREVIOUS_LAYERS, {}).get(adapter_name, frozenset())
 
 
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
@@ -242,8 +242,8 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
     if _depends_on_class(plan, fresh):
         return Graft(), None
     _check_complete(plan, fresh)
-    graft, former = difference(plan, fresh), former_layers(host.base, name)
-    if (added := [path for path in graft.added if path not in former]) and not plan.add_layers:
+    graft, previous = difference(plan, fresh), previous_layers(host.base, name)
+    if (added := [path for path in graft.added if path not in previous]) and not plan.add_layers:
         plan.refuse("lacks_layers", count=len(added), added=listing(added, 3), name=name)
     twins = fresh.twins
     live = {name: fresh.twin.live_of[id(twin)] for name, twin in twins.items()}

@@ -31,7 +31,7 @@ from ..core.compiled import unwrap_compiled
 from ..core.host import Host
 from ..core.journal import MISSING, Journal
 from ..core.lora import EvalFreeDropout
-from ..core.memory import disagreeing, overlapping
+from ..core.memory import conflicting_writes, overlapping
 from ..core.plan import Action, LayerPlan, Plan
 from ..core.prepared import is_marked_off, is_off, keep_off, mark
 from ..core.settings import SCALAR_TABLES
@@ -443,7 +443,7 @@ class _Comparison:
         is_apart = self.plan.slot.room is not None
         for group in [] if is_apart else overlapping([live for live, *_ in self.values]):
             found = [self.values[number] for number in group]
-            for number in disagreeing([each[:2] for each in found]):
+            for number in conflicting_writes([each[:2] for each in found]):
                 live, values, path = found[number]
                 self.graft.copies = [each for each in self.graft.copies if each[0] is not live]
                 self.graft.resizes.append((live, values))

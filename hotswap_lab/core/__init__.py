@@ -9,8 +9,7 @@ Foundations
 An adapter and its place
     ``adapter``, ``settings`` (the fields of a config, each declared once), ``method`` (what differs between PEFT's
     methods), ``lora`` and ``lora_method`` (LoRA as PEFT loads it, and as a method), ``slot``, ``memory`` (tensors that
-    share memory, and the two invariants about them that plans are checked for), ``telling`` (the writer of scalings and
-    settings).
+    share memory, and the two invariants about them that plans are checked for), ``writing`` (scalings and settings).
 A swap
     ``plan`` (what will be written), ``planner`` (makes plans), ``checks`` (its passes for rare cases),
     ``added_layers`` (layers that a model lacks), ``state_dict_hooks`` (state dicts without padding).
@@ -20,7 +19,7 @@ A prepared model
     memory), ``prepare``.
 Others
     ``strength``; ``wrappers`` (the modules that PEFT puts around others); ``report`` (tables); ``loaded`` (what is in
-    a model now, and the log).
+    a model now), ``log``.
 
 Core imports only ``hotswap_lab.compat`` from the rest of the package, and stands alone: it swaps adapters from memory
 that are plain LoRA. It refuses all others, which ``hotswap_lab.beyond`` takes up.

@@ -73,15 +73,15 @@ class Change:
         self.copies.append((target, target.new_zeros(()).expand(target.shape)))
 
 
-def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Callable[[], object] | None = None) -> None:
+def apply(changes: Sequence[Change], journal: Journal | None = None, log: Callable[[], object] | None = None) -> None:
     """Carry out changes of any number of models, all of them or none. No other thread may use the models meanwhile.
 
     The undo steps are recorded in ``journal``: a caller that has more to do can roll it back later, but not the copies.
-    At the end, the change is noted in ``LATEST``, and ``tell`` is called if the log is on: see
-    :func:`hotswap_lab.core.loaded.tell`.
+    At the end, the change is noted in ``LATEST``, and ``log`` is called if the log is on: see
+    :func:`hotswap_lab.core.log.log_event`.
     """
     if (collected := _COLLECTED.get()) is not None:
-        return collected.append((changes, tell))
+        return collected.append((changes, log))
     journal = Journal() if journal is None else journal
     copies, inference = [], False
     for change in changes:
@@ -95,10 +95,10 @@ def apply(changes: Sequence[Change], journal: Journal | None = None, tell: Calla
         except BaseException:
             journal.roll_back()
             raise
-        torch.clear_autocast_cache()  # it has casts of the former values, until the outermost autocast block ends
+        torch.clear_autocast_cache()  # it has casts of the previous values, until the outermost autocast block ends
     LATEST[0] = object()
-    if tell is not None and LOG.isEnabledFor(logging.INFO):
-        tell()
+    if log is not None and LOG.isEnabledFor(logging.INFO):
+        log()
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def together(journal: Journal | None = None) -> Iterator[None]:
         yield
     finally:
         _COLLECTED.reset(token)
-    apply([each for changes, _ in found for each in changes], journal, lambda: [tell() for _, tell in found if tell])
+    apply([each for changes, _ in found for each in changes], journal, lambda: [log() for _, log in found if log])
 
 
 def _write(change: Change, journal: Journal) -> None:

@@ -137,7 +137,7 @@ def blind_spot(base: torch.nn.Module, compiled: list[object], prepared: bool) ->
     # this imports the compiler, if nothing else has
     if compat.inductor_config.freezing:
         return f"torch._inductor.config.freezing is on, {FREEZING}"
-    contexts = [_context_of(each) for each in compiled]
+    contexts = [_compile_context_of(each) for each in compiled]
     if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
         return f"the model was compiled with freezing, {FREEZING}"
     if prepared:
@@ -160,7 +160,7 @@ def guards_are_skipped() -> bool:
         return False
 
 
-def _context_of(each: Any) -> object | None:
+def _compile_context_of(each: Any) -> object | None:
     """The compile context of a module or function. A function stores it only in its closure."""
     if isinstance(each, torch.nn.Module):
         return each.__dict__.get("dynamo_ctx")

@@ -28,7 +28,7 @@ class Journal:
     >>> table["c"] = 3
     >>> journal.remove(table, "a")
     >>> journal.roll_back()
-    >>> table  # in its former place
+    >>> table  # in its previous place
     {'a': 1, 'c': 3}
     """
 
@@ -68,7 +68,7 @@ class Journal:
             table[key] = value
 
     def remove(self, table: MutableMapping[Any, Any], *keys: object) -> None:
-        """Delete the keys that the table has, and record the undo step, which puts them back in their former places."""
+        """Delete the keys that the table has, and record the undo step, which restores them in their previous order."""
         if table.keys().isdisjoint(keys):
             return
         content = dict(table.items())

@@ -1,10 +1,9 @@
-"""Loaded: what is in a model now, and the log of what was done to it."""
+"""Loaded: what is in a model now."""
 
 import contextlib
 import dataclasses
 import hashlib
 import itertools
-import logging
 import os
 import re
 from collections.abc import Iterable
@@ -13,13 +12,12 @@ from datetime import datetime
 from typing import Any
 
 from .adapter import BASE, ORIGIN, WHEN
-from .change import LOG
 from .errors import HotswapError, Refusal
 from .host import Config, kind_of
 from .prepared import ranks_before
 from .report import escaped, html_table
 from .room import Packed, strengths_of
-from .slot import Slot, has_been_swapped, slot_for
+from .slot import Slot, has_been_swapped
 from .strength import strength_of
 from .tensors import have_same_values
 
@@ -109,7 +107,7 @@ class Loaded:
         strength = "-" if self.strength is None else f"{self.strength:g}"
         source = f"{self.source} @ {self.revision[:8]}" if self.revision else self.source
         when = f"{self.when:%Y-%m-%d %H:%M:%S}" if self.when else "-"
-        now = " | ".join([_shown(each.mix or each.member) for each in self.rows or [self]])
+        now = " | ".join([names_of(each.mix or each.member) for each in self.rows or [self]])
         return self.adapter_name, self.state, now, self.method, ranks, strength, source, when
 
     def __str__(self) -> str:
@@ -136,10 +134,10 @@ class LoadedList(list[Loaded]):
         return html_table(title, HEADER, [each.row for each in self], notes=notes)
 
 
-def _shown(owner: object) -> str:
+def names_of(owner: object) -> str:
     """A pool's name for weights, as text.
 
-    >>> _shown({"shout": 0.7, "sort": 0.3}), _shown(None)
+    >>> names_of({"shout": 0.7, "sort": 0.3}), names_of(None)
     ('0.7 shout + 0.3 sort', '-')
     """
     weights = [f"{weight:g} {name}" for name, weight in owner.items()] if isinstance(owner, dict) else [owner or "-"]
@@ -245,25 +243,3 @@ def with_bases(slot: Slot, config: Config, refusals: list[Refusal]) -> list[Refu
 
 def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(name)
-
-
-def tell(event: str, slots: Iterable[Slot | None], error: HotswapError | None = None, wanted: object = None) -> None:
-    """Log an event in each slot: the attributes of the record are the fields of :class:`Loaded` after it.
-
-    Of a refusal, these are what stays; ``wanted`` is what was to come: a source, or a pool's name.
-    """
-    level = logging.WARNING if error else logging.INFO
-    # without handlers, Python would print a warning
-    for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
-        now = None
-        with contextlib.suppress(Exception):
-            # after a swap, nothing is compared: that would take longer than the swap
-            now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name), is_new=event == "swap")
-        fields = {each.name: getattr(now, each.name, None) for each in dataclasses.fields(Loaded)}
-        with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal
-            # one line for each record, so that a log can be read line by line
-            sources = [getattr(each, "source", each) for each in (wanted if isinstance(wanted, list) else [wanted])]
-            told = None if wanted is None else escaped(", ".join(map(_shown, sources)))
-            text = " | ".join(" ".join(line.split()) for line in str(error or now).splitlines())
-            text = f"{told}: {text}" if told else text
-            LOG.log(level, "%s: %s", event, text, extra=fields | {"event": event, "error": error, "wanted": told})

@@ -88,11 +88,11 @@ def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     return [group for group in groups if len(group) > 1]
 
 
-def disagreeing(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+def conflicting_writes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
     """The numbers of the targets that can't have their values, in the memory that they share with earlier ones.
 
     >>> one = torch.zeros(2, 3)
-    >>> disagreeing([(one, torch.ones(2, 3)), (one.t(), torch.ones(3, 2)), (one[1:], torch.zeros(1, 3))])
+    >>> conflicting_writes([(one, torch.ones(2, 3)), (one.t(), torch.ones(3, 2)), (one[1:], torch.zeros(1, 3))])
     [2]
     """
     targets = [target.detach() for target, _ in pairs]

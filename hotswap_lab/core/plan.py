@@ -27,8 +27,8 @@ from .prepared import mark, ranks_before
 from .report import html_table, readable_bytes
 from .settings import LayerSettings
 from .slot import Slot, SlotLayer, begin_change, room_left_by
-from .telling import write_scalings, write_settings
 from .tensors import PREPARED_ATTRIBUTE, is_prepared
+from .writing import write_scalings, write_settings
 
 
 class Action(enum.Enum):
@@ -269,7 +269,7 @@ def change_layer_by_layer(plan: Plan) -> Change:
     # the slot lacks the layers that are added, so it has to be looked for again afterwards
     change = begin_change(slot, plan.config, None if adds else slot)
     if (left := room_left_by(slot)) is not None:
-        change.steps.append(partial(left.leave, is_lost=room is None))
+        change.steps.append(partial(left.unpatch_layers, is_lost=room is None))
     for each in plan.layers:
         for target, source in zip(each.layer.tensors, each.sources, strict=True):
             target.write(source, change, each.action is Action.PAD)

@@ -19,7 +19,7 @@ from .errors import HotswapError, Refusal, listing, refusal
 from .host import Config, canonical_path, kind_of
 from .loaded import FITS, with_bases
 from .lora_method import Lora
-from .memory import disagreeing, overlaps_in, overwritten, own_tensors
+from .memory import conflicting_writes, overlaps_in, overwritten, own_tensors
 from .method import Method
 from .plan import Action, LayerPlan, Plan, change_layer_by_layer
 from .settings import settings_for
@@ -244,7 +244,7 @@ def keep_targets_apart(plan: Plan) -> None:
             differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)
         # a parameter that changes its shape gets memory of its own
         stay = [(target, value) for target, value in values.items() if target.shape == value.shape]
-        if differ or disagreeing(stay):
+        if differ or conflicting_writes(stay):
             paths = listing(dict.fromkeys(planned[tensor].path for tensor in group if tensor in planned), 3)
             plan.refuse("targets_overlap", paths=paths, adapter_name=plan.slot.adapter_name)
 

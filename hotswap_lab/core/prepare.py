@@ -32,8 +32,8 @@ from .prepared import make_prepared, ranks_before
 from .room import Room, build_room
 from .settings import settings_for
 from .slot import Slot, SlotLayer, begin_change, keep_slot, room_left_by, room_of, slot_in
-from .telling import write_settings
 from .tensors import SlotTensor
+from .writing import write_settings
 
 #: extra state that LoRA may have; if all adapters have the same of it, a swap changes only values, as a graph requires
 BESIDE_LORA = {"modules_to_save", "trainable_token_indices"}
@@ -196,7 +196,7 @@ def _change_to_room(slot: Slot, space: dict[str, int], kind: type[Room], extra: 
         memory = build_room(slot, capacity, reserved, kind, extra)
     change = begin_change(slot, slot.config)
     if (left := room_left_by(slot)) is not None:
-        change.steps.append(functools.partial(left.leave, is_lost=present is None))
+        change.steps.append(functools.partial(left.unpatch_layers, is_lost=present is None))
     # the parameters become views of the room's memory, and stay the same objects
     for tensor in memory.spans:
         tensor.resize(memory.view(tensor), change)
@@ -214,5 +214,5 @@ def _move_in(room: Room, layers: list[SlotLayer], reserved: Collection[SlotLayer
         make_prepared(layer.module, name, room.scaling(index, layer.tensors[0].parameter.device), journal)
     write_settings(slot, layers, room.state.settings, journal)
     moved = dataclasses.replace(slot, layers=tuple(layers))
-    room.settle(moved)
-    room.enter(moved, journal)
+    room.record_links(moved)
+    room.patch_layers(moved, journal)

@@ -23,8 +23,8 @@ from .journal import Journal
 from .prepared import is_marked_off, is_off, new_scalings, own_rank
 from .settings import LayerSettings, OfLayers, settings_of
 from .slot import SLOTS, Slot, SlotLayer, begin_change, copy_of, follow
-from .telling import write_scalings, write_settings
 from .tensors import SlotTensor, shared_as
+from .writing import write_packed_scalings, write_settings
 
 #: elements from one scaling to the next: a GPU kernel wants each of its inputs aligned to 16 bytes
 SCALING_STEP = 4
@@ -130,7 +130,7 @@ class Room:
 
     # ---- is everything where it was?
 
-    def settle(self, slot: Slot) -> None:
+    def record_links(self, slot: Slot) -> None:
         """Note where everything is. Call this when the model's parameters have been moved in."""
         self.slot = dataclasses.replace(slot, room=self)
         tensors, own = list(self.spans), set(slot.tensors)
@@ -140,14 +140,14 @@ class Room:
         self._extra = [tensor for tensor in tensors if tensor not in own]
         self._of_extra = [tensor.parameter for tensor in self._extra]
         self._addresses, self._bases = [], []
-        self.slot.settle()
+        self.slot.record_links()
         self._versions = self._versions_now()
 
-    def enter(self, slot: Slot, journal: Journal) -> None:
+    def patch_layers(self, slot: Slot, journal: Journal) -> None:
         """Change the layers further, once the parameters have been moved in; for subclasses."""
 
-    def leave(self, journal: Journal, is_lost: bool = False) -> None:
-        """Undo :meth:`enter`, when the slot gets another room, or layers that have no place in this one.
+    def unpatch_layers(self, journal: Journal, is_lost: bool = False) -> None:
+        """Undo :meth:`patch_layers`, when the slot gets another room, or layers that have no place in this one.
 
         ``is_lost`` says that the parameters were moved out of the room before, by ``model.to(...)``.
         """
@@ -252,14 +252,14 @@ class Room:
             if len(own):
                 change.copies.append((memory[: len(own)], own))
         scalings = packed.scalings if strength == 1 else self.scalings_of(packed.state, strength)
-        write_scalings(change, self.scalings, self.slot.adapter_name, scalings)
+        write_packed_scalings(change, self.scalings, scalings)
         return change
 
     def change_without_weights(self, settings: OfLayers, config: Config) -> Change:
         """The change for a swap without the weights, which :meth:`write` then adds layer by layer."""
         state = State(tuple(settings), config)
         change = self._change(state, config, self.components_for(state)[0])
-        write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(state))
+        write_packed_scalings(change, self.scalings, self.scalings_of(state))
         return change
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
@@ -276,7 +276,7 @@ class Room:
     def change_strength(self, strength: float) -> Change:
         """The change that sets the scalings of all layers to their trained values times ``strength``."""
         change = begin_change(self.slot)
-        write_scalings(change, self.scalings, self.slot.adapter_name, self.scalings_of(self.state, strength))
+        write_packed_scalings(change, self.scalings, self.scalings_of(self.state, strength))
         return change
 
     def _change(self, state: State, config: Config | None, filled: list[int]) -> Change:
@@ -294,10 +294,10 @@ class Room:
         for memory, start in zip(self._memories, filled, strict=True):
             if len(rest := memory[start:]):
                 change.copies.append((rest, rest.new_zeros(()).expand_as(rest)))
-        change.steps.append(functools.partial(self._enter, state, config))
+        change.steps.append(functools.partial(self._write_state, state, config))
         return change
 
-    def _enter(self, state: State, config: Config, journal: Journal) -> None:
+    def _write_state(self, state: State, config: Config, journal: Journal) -> None:
         slot, before = self.slot, self.state
         self._note_write(journal)
         if is_trained := True in [parameter.requires_grad for parameter in self._parameters]:

@@ -72,7 +72,7 @@ class Slot:
     layers: tuple[SlotLayer, ...]
     #: the :class:`~hotswap_lab.core.room.Room` that all tensors are views of, if the model was prepared
     room: Any = None
-    #: tables of modules and parameters, each with a name in it and the entry there: see :meth:`settle`
+    #: tables of modules and parameters, each with a name in it and the entry there: see :meth:`record_links`
     _links: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list, init=False, repr=False)
     #: the results of :meth:`once_for`
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
@@ -128,7 +128,7 @@ class Slot:
     def modules(self) -> list[torch.nn.Module]:
         return [module for _, module in self.walk]
 
-    def settle(self) -> None:
+    def record_links(self) -> None:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
         # PEFT makes an adapter's own tables once for each layer; only their entries may change
         tables: list[dict[str, Any]] = [module._modules for module in self.modules]
@@ -162,7 +162,7 @@ class Slot:
             return False
         self.walk, self.modules = now.walk, now.modules
         self._known, self._facts = {}, {}
-        self.settle()
+        self.record_links()
         return True
 
     def _by_module(self) -> dict[torch.nn.Module, list[tuple[str, int]]]:
@@ -306,7 +306,7 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
     """Note on the base model the slot after a swap; None if it has to be looked for again."""
     if after is not None:
         if not after._links:
-            after.settle()
+            after.record_links()
         # memory that a swap gives to a parameter is its own, so what was known of it still holds
         if after.room is None:
             after._addresses = after._addresses_now()

@@ -5,7 +5,7 @@ from .errors import listing, refused
 from .prepared import is_off
 from .settings import settings_of
 from .slot import Slot, SlotLayer, begin_change
-from .telling import write_scalings
+from .writing import write_scalings
 
 #: the highest strength; times a scaling, it is still finite in float32
 MOST = 1e30

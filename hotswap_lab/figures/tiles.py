@@ -46,15 +46,15 @@ def drawn(
     name: str,
     title: str,
     counts: Mapping[str, int],
-    former: tuple[str, Collection[str]] = ("", ()),
+    previous: tuple[str, Collection[str]] = ("", ()),
     answers: Sequence[tuple[str, str, str, bytes | None]] = (),
     text: str = "",
 ) -> Figure:
     """Draw tiles in the color of the adapter ``name``; below them the scale, answers, and a bar of all numbers.
 
     ``counts`` says how many numbers there are of each kind: of the base, of the adapter, and of padding.
-    ``former`` is an adapter and the paths of its layers, which get an outline in its color. An answer has a label, its
-    adapter, and text, or a PNG.
+    ``previous`` is an adapter and the paths of its layers, which get an outline in its color. An answer has a label,
+    its adapter, and text, or a PNG.
     """
     color = INK if name == "off" else adapter_color(name)
     rows, columns = ([*dict.fromkeys(split(tile.path)[axis] for tile in tiles)] or [""] for axis in (0, 1))
@@ -91,13 +91,13 @@ def drawn(
         told = f"<text x='12' y='{y + 12:g}' fill='{INK}' visibility='hidden'>{escape(here)}</text>"
         inside = f"<title>{escape(says)}</title><rect {place()} fill='none' pointer-events='all'/>{told}"
         spots.append(f"<g class='hotswap-tile' tabindex='{-1 if spots else 0}' role='img'>{inside}</g>")
-        if tile.path in former[1]:
-            spots.append(f"<rect {place(2)} fill='none' stroke='{adapter_color(former[0])}' stroke-dasharray='3 2'/>")
+        if tile.path in previous[1]:
+            spots.append(f"<rect {place(2)} fill='none' stroke='{adapter_color(previous[0])}' stroke-dasharray='3 2'/>")
     whole, image = area(left, top, right - left, y - top), address(png(cells.tolist(), [*tints, CARD]))
     add(f"<image {whole} style='image-rendering:pixelated' href='{image}'/>")
     canvas.shapes += spots if len(tiles) <= FEW else []
     y, part, labels = y + 32, (canvas.width - 24) / len(tints), ["0", *(f"<{100 * each:g}%" for each in STEPS), "more"]
-    dashed = f"; dashed: {former[0]}" if former[1] and len(tiles) <= FEW else ""
+    dashed = f"; dashed: {previous[0]}" if previous[1] and len(tiles) <= FEW else ""
     word(12, y, f"share of the weight's own size{dashed}", color=MUTED)
     for at, (tint, label) in enumerate(zip(tints, labels, strict=True)):
         add(f"<rect {area(12 + at * part, y + 6, part - 2, 10)} fill='{tint}'/>")

@@ -93,11 +93,11 @@ def mistakes(number: int) -> dict[str, Any]:
         return values * factors
 
     scaling, scalings_of = LayerSettings.scaling.fget, room.Room.scalings_of
-    write, read = room.write_scalings, ScalingTable.__getitem__
+    write, read = room.write_packed_scalings, ScalingTable.__getitem__
     return {
         "settings": patch.object(LayerSettings, "scaling", property(lambda self: 2 * scaling(self))),
         "room": patch.object(room.Room, "scalings_of", lambda *given: doubled(scalings_of(*given))),
-        "telling": patch.object(room, "write_scalings", lambda *given: write(*given[:3], doubled(given[3]))),
+        "writing": patch.object(room, "write_packed_scalings", lambda *given: write(*given[:2], doubled(given[2]))),
         "prepared": patch.object(ScalingTable, "__getitem__", lambda *given: 2 * read(*given)),
     }
 

@@ -75,7 +75,7 @@ class Patch(contextlib.AbstractContextManager["Patch"]):
         if self in _active:
             known = [*_active]
             _active.remove(self)
-            _settle(known)
+            _apply_last_patch(known)
 
     def __exit__(self, *error: object) -> None:
         self.undo()
@@ -85,7 +85,7 @@ class Patch(contextlib.AbstractContextManager["Patch"]):
 _active: list[Patch] = []
 
 
-def _settle(known: Iterable[Patch]) -> None:
+def _apply_last_patch(known: Iterable[Patch]) -> None:
     """Put the functions of the last active patch, or the original ones, into each module that has one of ``known``."""
     originals = {id(each): pair[0] for patch in known for pair in patch.pairs for each in pair}
     wanted = {id(theirs): ours for theirs, ours in _active[-1].pairs} if _active else {}
@@ -143,7 +143,7 @@ def patch_peft() -> Patch:
     """
     patch = Patch()
     _active.append(patch)
-    _settle(_active)
+    _apply_last_patch(_active)
     return patch
 
 

@@ -18,13 +18,13 @@ from ..beyond.passes import METHODS, PASSES
 from ..core.change import apply
 from ..core.errors import HotswapError, Refusal, advise, listing, refusal, refused
 from ..core.host import carriers, find_host
-from ..core.loaded import tell
+from ..core.log import log_event
 from ..core.plan import Plan
 from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare, slots_to_prepare
 from ..core.slot import slot_for
 from ..files.reading import Adapter
-from ..swap import carry_out, commit, refusals_told
+from ..swap import carry_out, commit, refusals_logged
 from ..threads import bases_of, locked
 from .lora_files import check_pipeline, components_of, read_pipeline_lora
 
@@ -167,7 +167,7 @@ def hotswap_pipeline(
     -----
     diffusers' own ``load_lora_weights(..., hotswap=True)`` refuses files with tensors for a text encoder.
     """
-    with refusals_told(pipe, adapter_name, source if isinstance(source, (str, os.PathLike)) else "a state dict"):
+    with refusals_logged(pipe, adapter_name, source if isinstance(source, (str, os.PathLike)) else "a state dict"):
         adapters = read_source(pipe, source, allow_nonfinite, kwargs)
         with locked(*bases_of(pipe)):
             plan = _decide(pipe, adapters, adapter_name, components, add_layers)
@@ -291,7 +291,7 @@ def prepare_pipeline_for_compiled_hotswap(
     compiling, too, or use :func:`hotswap_lab.set_strength` on the components.
     """
     options = dict(target_rank=target_rank, adapter_name=adapter_name, check_compiled=check_compiled)
-    with refusals_told(pipe, adapter_name):
+    with refusals_logged(pipe, adapter_name):
         loaded = with_adapter(pipe, adapter_name, components)
         read = [for_these(read_source(pipe, source, False, kwargs), loaded, components) for source in adapters]
         families = {name: [each[name] for each in read if name in each] for name in loaded}
@@ -301,7 +301,7 @@ def prepare_pipeline_for_compiled_hotswap(
         with locked(*bases_of(pipe)):
             changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
             slots = (slot for model in loaded.values() for slot in slots_to_prepare(METHODS, model, adapter_name))
-            apply([change for of_one in changes for change in of_one], tell=lambda: tell("prepare", slots))
+            apply([change for of_one in changes for change in of_one], log=lambda: log_event("prepare", slots))
 
 
 def _decide(

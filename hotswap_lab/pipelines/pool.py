@@ -15,7 +15,7 @@ from ..core.journal import Journal
 from ..files.reading import Adapter
 from ..pools.adapter_pool import AdapterPool
 from ..pools.members import check_named
-from ..swap import refusals_told
+from ..swap import refusals_logged
 from ..threads import Block, bases_of, locked, share_turn
 from .lora_files import components_of
 from .pipeline import Source, for_all, for_these, prepare_pipeline_for_compiled_hotswap, read_source, with_adapter
@@ -83,7 +83,7 @@ class PipelinePool:
         check_named(adapters)
         self.pipe: Any = pipe
         self.adapter_name: str = adapter_name
-        self._reading, self._told = kwargs, partial(refusals_told, pipe, adapter_name)
+        self._reading, self._told = kwargs, partial(refusals_logged, pipe, adapter_name)
         with self._told():
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes

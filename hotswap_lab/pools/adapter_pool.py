@@ -20,7 +20,8 @@ from ..core.compiled import frozen, frozen_in
 from ..core.errors import HotswapError, advise, listing, refused
 from ..core.host import find_host, kind_of, name_in
 from ..core.journal import Journal
-from ..core.loaded import state_of, tell
+from ..core.loaded import state_of
+from ..core.log import log_event
 from ..core.planner import make_plan
 from ..core.prepare import changes_to_prepare
 from ..core.report import html_table, text_table
@@ -29,15 +30,15 @@ from ..core.slot import begin_change, room_of, slot_for
 from ..core.strength import check_strength
 from ..core.tensors import is_shared
 from ..files.reading import read
-from ..swap import get_strength, refusals_told, warn_of
+from ..swap import get_strength, refusals_logged, warn_of
 from ..threads import Block, locked, put_back
 from .copies import Copies
-from .former import as_now, change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of
 from .learners import of_learner
 from .members import Member, Members, check_named, drop, shown_of
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
+from .snapshot import change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of, with_current_weights
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
@@ -135,7 +136,7 @@ class AdapterPool:
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         self._members = Members(hub, self._pack, max_bytes)
-        self._told = partial(refusals_told, model, self.adapter_name)
+        self._told = partial(refusals_logged, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         slot = slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)
         # adapters of another method, or with more extra state, can't be packed
@@ -158,8 +159,8 @@ class AdapterPool:
                     with locked(base):
                         apply([change_to_originals(self._room.slot, base_weights, off)], way_back)
                 self._fill(adapters.items(), progress)
-                self._tell = partial(tell, "swap", [self._room.slot])
-                tell("prepare", [self._room.slot])
+                self._log_swap = partial(log_event, "swap", [self._room.slot])
+                log_event("prepare", [self._room.slot])
             except BaseException:
                 if way_back.steps:
                     put_back(lambda: _roll_back(way_back, base), "leaves the model prepared")
@@ -226,7 +227,7 @@ class AdapterPool:
     def strength(self, value: float) -> None:
         with self._told(), self._turn(), self._writing():
             check_strength(value, self._room.slot)
-            apply([self._room.change_strength(value)], tell=lambda: tell("strength", [self._room.slot]))
+            apply([self._room.change_strength(value)], log=lambda: log_event("strength", [self._room.slot]))
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
@@ -290,13 +291,15 @@ class AdapterPool:
                 if self._members.get(name) is not member:
                     raise refused("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
-                    former = snapshot(self._room, self._members)
-                    change = change_to_snapshot(self._room, as_now(self._room, self._members, former, {member: packed}))
+                    previous = snapshot(self._room, self._members)
+                    change = change_to_snapshot(
+                        self._room, with_current_weights(self._room, self._members, previous, {member: packed})
+                    )
                 else:
                     change = begin_change(self._room.slot)
                 unneeded = self._members.without_room(member, packed, updated=True)
                 change.steps.append(put)
-                apply([change], tell=self._tell if in_model else None)
+                apply([change], log=self._log_swap if in_model else None)
 
     def _pack(self, member: Member, adapter: Adapter, check_targets: bool) -> Packed:
         self._check_room()
@@ -371,7 +374,7 @@ class AdapterPool:
                     packed = self._packed(name) if is_mix else members.packed(members[name])
                     change = self._room.change_to_packed(packed, strength)
                     change.steps += steps
-                    apply([change], tell=self._tell)
+                    apply([change], log=self._log_swap)
         except HotswapError:
             with self._told(name):  # only here, because entering it takes time
                 raise
@@ -453,7 +456,7 @@ class AdapterPool:
                 is_tiled = order == "tile" or (order is None and room.batch.is_tiled)
                 change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(each=copies))
                 change.steps += steps
-                apply([change], tell=self._tell)
+                apply([change], log=self._log_swap)
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
         names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
@@ -483,15 +486,15 @@ class AdapterPool:
 
         ``with pool.using(name):`` waits for other threads that swap or compute, and swaps from other threads wait for
         the end of the block. With asyncio, ``async with pool.using(name):`` also waits for other tasks of the same
-        thread, and the event loop goes on meanwhile. Swaps of tasks that don't wait are refused. If the task is
-        cancelled, the former adapter is put back. An adapter that ``max_bytes`` has dropped is read in another thread.
+        thread, and the event loop continues. Swaps of tasks that don't wait are refused. If the task is cancelled,
+        the previous adapter is restored. An adapter that ``max_bytes`` has dropped is read in another thread.
 
         Blocks may be nested. Any thread may end a block, so a generator may yield inside, and a server may step it in
         several threads. While it sleeps, other code is outside of its block, also in the same thread: computing is
         allowed there, and a swap waits. Where nobody else could end the block meanwhile, the swap is refused. This
         includes the code that steps the generator, and a test whose pytest fixture yields inside. To stream from a
         server, prefer an ``async def`` generator, which takes no thread to wait. A generator that is closed while
-        others compute doesn't wait: the next block puts the former adapter back before anything else.
+        others compute doesn't wait: the next block puts the previous adapter back before anything else.
 
         Parameters
         ----------
@@ -525,7 +528,7 @@ class AdapterPool:
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Strengths = None, *, copies: int = 1, order: Order = None
     ) -> Block[AdapterPool]:
-        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the former ones are back."""
+        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the previous ones are back."""
         put_in = lambda step: self._assign(adapters, strengths, copies, order, step)  # noqa: E731
         return self._block(adapters, put_in, f"leaves {adapters!r} in the model")
 
@@ -536,8 +539,8 @@ class AdapterPool:
             if any(is_shared(band.memory) for band in self._room.bands):  # other processes may see what is written
                 raise refused("block_in_shared_memory")
             self._check_room()
-            former = snapshot(self._room, self._members)
-            put_in(lambda journal: back.append(lambda: self._put_back(former)))
+            previous = snapshot(self._room, self._members)
+            put_in(lambda journal: back.append(lambda: self._put_back(previous)))
             return self
 
         def dropped() -> list[Callable[[], object]]:
@@ -547,10 +550,10 @@ class AdapterPool:
 
         return Block(self._room.slot.host.base, begin, what, dropped, partial(self._told, adapters))
 
-    def _put_back(self, former: Packed) -> None:
-        packed = as_now(self._room, self._members, former)
+    def _put_back(self, previous: Packed) -> None:
+        packed = with_current_weights(self._room, self._members, previous)
         with self._writing():
-            apply([change_to_snapshot(self._room, packed)], tell=self._tell)
+            apply([change_to_snapshot(self._room, packed)], log=self._log_swap)
 
     # ---- turns
 

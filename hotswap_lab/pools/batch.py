@@ -101,19 +101,18 @@ class Batch:
         self.place = next((table, name) for table in tables for name, child in table.items() if child is first)
         journal.record(lambda: self.unwatch(Journal()))
         for number, entry in enumerate(entries):
-            enter, leave = functools.partial(self._enter, number), functools.partial(self._leave, number)
-            entry.register_forward_pre_hook(enter, with_kwargs=True)
-            entry.register_forward_hook(leave, always_call=True)
+            entry.register_forward_pre_hook(functools.partial(self._begin, number), with_kwargs=True)
+            entry.register_forward_hook(functools.partial(self._end, number), always_call=True)
 
     def unwatch(self, journal: Journal) -> None:
         """Remove the hooks."""
         for entry in self.entries:
             hooks = entry._forward_pre_hooks | entry._forward_hooks
-            own = [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._enter, self._leave)]
+            own = [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._begin, self._end)]
             for name in HOOKS:
                 journal.remove(getattr(entry, name), *own)
 
-    def _enter(self, number: int, entry: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _begin(self, number: int, entry: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             if self.traced not in (None, number):
                 return None
@@ -132,7 +131,7 @@ class Batch:
                     self._check_proof(number, arguments, named, False)
         return None
 
-    def _leave(self, number: int, *_: object) -> None:
+    def _end(self, number: int, *_: object) -> None:
         if torch.compiler.is_compiling():
             if self.traced == number:
                 self.traced, self.total = None, 0
@@ -155,7 +154,7 @@ class Batch:
         raise refused("order_not_known", batch=total, size=size, count=count)
 
     @contextlib.contextmanager
-    def entered(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+    def around_call(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
         """A block around a call of the model that no hook sees, since its code was compiled ahead of time.
 
         In that code, ``copies`` is a constant, so that it would take other rows for those of a smaller batch.
@@ -163,10 +162,10 @@ class Batch:
         if self.size and (total := size_of(arguments, named)) != self.size * self.copies.count:
             self._refuse_batch(total, self.copies)
         try:
-            self._enter(0, self.entries[0], arguments, named)
+            self._begin(0, self.entries[0], arguments, named)
             yield
         finally:
-            self._leave(0)
+            self._end(0)
 
     def check_part(self) -> None:
         """Refuse layers that are computed outside of a call of the model, if no such call has proven them."""

@@ -24,8 +24,8 @@ from ..core.prepared import mark, new_scalings
 from ..core.room import SCALING_STEP, Packed, Room, State
 from ..core.settings import LayerSettings, settings_of
 from ..core.slot import Slot, SlotLayer, begin_change
-from ..core.telling import write_scalings
 from ..core.tensors import ROOM_ATTRIBUTE, SlotTensor, is_shared
+from ..core.writing import write_packed_scalings
 from .batch import Batch
 from .copies import ONCE, Copies
 from .layers import READ, TRAINED, variant_for
@@ -109,7 +109,7 @@ class RowRoom(Room):
         """Zeros for the layers' scalings. The same memory goes on with those at strength 1, and those of each row."""
         return new_scalings((cls.rows + 2, layers, SCALING_STEP), device)[0]
 
-    def enter(self, slot: Slot, journal: Journal) -> None:
+    def patch_layers(self, slot: Slot, journal: Journal) -> None:
         """Fill the other rows like the first one, and make the layers compute row by row."""
         for band in self.bands:
             self._rows_of(band)[1:] = band.memory
@@ -153,7 +153,7 @@ class RowRoom(Room):
         """All scalings on each device, ``[2 + rows, layers, SCALING_STEP]``: the slot's, at strength 1, of each row."""
         return [_repeated(each, self.rows + 2) for each in self.scalings]
 
-    def leave(self, journal: Journal, is_lost: bool = False) -> None:
+    def unpatch_layers(self, journal: Journal, is_lost: bool = False) -> None:
         """Make the layers compute with their own parameters again."""
         if self.assigned and not is_lost:
             raise refused("rows_differ", adapter_name=self.slot.adapter_name)
@@ -217,10 +217,10 @@ class RowRoom(Room):
 
     def _for_all(self, change: Change, state: State) -> Change:
         """Extend a change of row 0's scalings to all other rows."""
-        trained, name = self.scalings_of(state), self.slot.adapter_name
+        trained = self.scalings_of(state)
         for each in self._all_scalings():
-            write_scalings(change, [each[1]], name, trained)
-            write_scalings(change, [each[2:]], name, trained * state.acts)
+            write_packed_scalings(change, [each[1]], trained)
+            write_packed_scalings(change, [each[2:]], trained * state.acts)
         return self._noting(change, ())
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
@@ -258,7 +258,7 @@ class RowRoom(Room):
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
         targets = [each[: len(scalings)] for each in self._all_scalings()]
-        write_scalings(change, targets, self.slot.adapter_name, scalings)
+        write_packed_scalings(change, targets, scalings)
         return self._noting(change, tuple(rows), copies)
 
     def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: Copies = ONCE) -> Change:

@@ -109,12 +109,12 @@ class Answer:
 
     def take(self, logits: torch.Tensor, best: int) -> int:
         """Chooses the next token, and sends the new part of the text."""
-        logits, former = logits.float(), self.whole
+        logits, previous = logits.float(), self.whole
         token = self.sampler.choose(logits, best, self.tokens)
         self.tokens.append(token)
         self.whole = self._read()
         if self.request.logprobs is not None:
-            self._describe(former, logits.log_softmax(-1), self.request.logprobs)
+            self._describe(previous, logits.log_softmax(-1), self.request.logprobs)
         most = self.request.max_tokens or self.replica.options.longest_answer
         finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
         text, stops = self.whole, self.request.stop
@@ -149,16 +149,16 @@ class Answer:
         # cleaning up spaces would change text that is sent already: "a ." becomes "a."
         return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _describe(self, former: str, values: torch.Tensor, most: int) -> None:
+    def _describe(self, previous: str, values: torch.Tensor, most: int) -> None:
         """Notes the log probability of the last token, and of the most probable ones at its place."""
         token, best = self.tokens[-1], values.topk(min(most, len(values))).indices.tolist()
         found: dict[int, Token] = {}
         for each in dict.fromkeys([token, *best]):
-            added, other = self._added(former, each), f"token_id:{each}"
+            added, other = self._added(previous, each), f"token_id:{each}"
             name = other if added is None else _name(added)
             is_taken = name in [earlier.name for earlier in found.values()]
             found[each] = Token(other if is_taken else name, float(values[each]), added)
-        start, added = len(former), found[token].raw
+        start, added = len(previous), found[token].raw
         text = "" if added is None else added.decode(errors="replace")
         if text.encode() == added and self.whole.endswith(text):
             start = len(self.whole) - len(text)
@@ -168,13 +168,13 @@ class Answer:
         is_known = None not in (self.raw, added)
         self.raw = self.raw + added if is_known else None if LOST in self.whole else self.whole.encode()
 
-    def _added(self, former: str, token: int) -> bytes | None:
-        """The bytes that a token adds to the answer, whose text was ``former``; None if the tokenizer hides them."""
+    def _added(self, previous: str, token: int) -> bytes | None:
+        """The bytes that a token adds to the answer, whose text was ``previous``; None if the tokenizer hides them."""
         text = self._decode([*self.tokens[:-1], token])
-        added = text[len(former) :]
-        if text.startswith(former) and not former.endswith(LOST) and LOST not in added:
+        added = text[len(previous) :]
+        if text.startswith(previous) and not previous.endswith(LOST) and LOST not in added:
             return added.encode()
-        if LOST not in former + text:  # a tokenizer that changes earlier text
+        if LOST not in previous + text:  # a tokenizer that changes earlier text
             return None
         spelled = self._spelled(token)
         is_other = None not in (spelled, self.raw) and LOST not in text and self.raw + spelled != text.encode()

@@ -156,16 +156,16 @@ class Register:
                 versions = {} if is_all else dict(before.versions)
                 highest = dict(before.highest)
                 for name, path in paths.items():
-                    former = versions.pop(name, before.versions.get(name))
+                    previous = versions.pop(name, before.versions.get(name))
                     # put at the end, as what was changed last
-                    highest[name] = max(highest.pop(name, before.forgotten), former.number if former else 0)
+                    highest[name] = max(highest.pop(name, before.forgotten), previous.number if previous else 0)
                     if path is not None:
                         version = await asyncio.to_thread(Version.of, name, path, self.base)
-                        if not former or version.digest != former.digest:
-                            former = replace(version, number=highest[name] + 1)
-                        versions[name] = replace(version, number=former.number)
-                        highest[name] = max(highest[name], former.number)
-                    elif former is None:
+                        if not previous or version.digest != previous.digest:
+                            previous = replace(version, number=highest[name] + 1)
+                        versions[name] = replace(version, number=previous.number)
+                        highest[name] = max(highest[name], previous.number)
+                    elif previous is None:
                         raise before.unknown(name, self.base)
                 removed = [name for name in highest if name not in versions][:-MOST_REMEMBERED]
                 forgotten = max([before.forgotten, *map(highest.pop, removed)])

@@ -100,7 +100,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
     yield inside. With asyncio, a task may ``await`` inside. Meanwhile, swaps in other tasks of its thread are refused;
     ``async with pool.using(name)`` waits.
     """
-    return _taken(turns_of(bases_of(model)), COMPUTE)
+    return _blocks(turns_of(bases_of(model)), COMPUTE)
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def in_use_now(model: object) -> Iterator[bool]:
     True
     """
     entries = [Entry(turn, COMPUTE) for turn in turns_of(bases_of(model))]
-    with _taken([], entries=entries):
+    with _blocks([], entries=entries):
         yield all(each.turn.let_in_now(each) for each in entries)
 
 
@@ -169,11 +169,11 @@ def locked(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextM
     ...     "decide, and write"
     'decide, and write'
     """
-    return _taken(turns_of(bases), *([SWAP] if computing else BOTH))
+    return _blocks(turns_of(bases), *([SWAP] if computing else BOTH))
 
 
 @contextlib.contextmanager
-def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Iterator[None]:
+def _blocks(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Iterator[None]:
     """Enter blocks, after what is owed is put back; leave these and ``entries`` at the end, the last one first."""
     entries = list(entries)
     try:
@@ -188,23 +188,23 @@ def _taken(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Ite
                 if kind == COMPUTE:
                     _pay(turn)
                 entries.append(Entry(turn, kind))
-                entries[-1].enter()
+                entries[-1].wait()
                 turn = entries[-1].turn  # another one, if two were joined while this waited
                 if kind == SWAP and turn.owed:
-                    with _taken([turn], WRITE):
+                    with _blocks([turn], WRITE):
                         put_all_back(turn.owed)
         yield
     finally:
         try:
-            _leave(entries)
+            _end(entries)
         except BaseException:  # Ctrl-C, at any step of it
-            _leave(entries)
+            _end(entries)
             raise
 
 
-def _leave(entries: list[Entry]) -> None:
+def _end(entries: list[Entry]) -> None:
     for each in reversed(entries):
-        each.leave()
+        each.end()
         if each.kind == COMPUTE and each.turn.owed:
             with waiting_at_most(0):
                 _pay(each.turn)
@@ -213,7 +213,7 @@ def _leave(entries: list[Entry]) -> None:
 def _pay(turn: Turn) -> None:
     """Put back what is owed, unless that would have to wait for the code that calls this."""
     if turn.owed:
-        with contextlib.suppress(HotswapError), _taken([turn], SWAP):
+        with contextlib.suppress(HotswapError), _blocks([turn], SWAP):
             pass
 
 
@@ -224,20 +224,21 @@ class Block(Generic[T]):
     Parameters
     ----------
     begin:
-        Puts the adapter in and returns the value of the block. It gets a list, and adds what puts the former one back.
+        Puts the adapter in and returns the value of the block. It gets a list, to which it adds the step that restores
+        the previous adapter.
     what:
         Ends a warning: what a second Ctrl-C leaves as it is.
     slow:
         What should be done before ``begin``, in other threads, so that an event loop goes on.
-    told:
-        A block that logs the refusal it ends with: around all that the beginning of this one does.
+    logging_refusals:
+        Makes a context manager that logs a refusal. It is entered before ``begin``, and left after it.
     """
 
     base: torch.nn.Module
     begin: Callable[[list[Callable[[], object]]], T]
     what: str
     slow: Callable[[], Iterable[Callable[[], object]]]
-    told: Callable[[], AbstractContextManager]
+    logging_refusals: Callable[[], AbstractContextManager]
     _entry: Entry | None = field(default=None, init=False)
 
     def _begun(self, awaits: bool = False) -> Entry:
@@ -249,10 +250,10 @@ class Block(Generic[T]):
     def __enter__(self) -> T:
         entry = self._begun()
         try:
-            with self.told():
-                entry.enter()
+            with self.logging_refusals():
+                entry.wait()
                 if entry.turn.owed:
-                    with _taken([entry.turn], SWAP):  # which puts it back first
+                    with _blocks([entry.turn], SWAP):  # which puts it back first
                         pass
                 return self.begin(entry.back)
         except BaseException as error:
@@ -281,21 +282,21 @@ class Block(Generic[T]):
                     raise
         finally:
             try:
-                entry.leave()
+                entry.end()
             except BaseException:
-                entry.leave()
+                entry.end()
                 raise
 
     async def __aenter__(self) -> T:
         entry = self._begun(awaits=True)
         writing = Entry(entry.turn, WRITE, awaits=True)
-        with _taken([], entries=[writing]):
+        with _blocks([], entries=[writing]):
             try:
-                with self.told():
-                    await entry.enter_awaiting()
+                with self.logging_refusals():
+                    await entry.wait_async()
                     for each in self.slow():
                         await asyncio.to_thread(each)
-                    await writing.enter_awaiting()
+                    await writing.wait_async()
                     put_all_back(entry.turn.owed)
                     return self.begin(entry.back)  # which has nothing to wait for
             except BaseException as error:
@@ -304,11 +305,11 @@ class Block(Generic[T]):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         writing, cancelled = Entry(self._entry.turn, WRITE, awaits=True), None
-        with _taken([], entries=[writing]):
+        with _blocks([], entries=[writing]):
             try:
                 if kind is not GeneratorExit:
                     with contextlib.suppress(HotswapError):  # what is in the way can't end meanwhile
-                        cancelled = await writing.enter_awaiting(to_the_end=True)
+                        cancelled = await writing.wait_async(to_the_end=True)
             finally:
                 self.__exit__(kind if writing.is_open else GeneratorExit)
         if cancelled is not None:
@@ -318,7 +319,7 @@ class Block(Generic[T]):
 def _put_back(entry: Entry) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_taken([entry.turn], WRITE))
+            stack.enter_context(_blocks([entry.turn], WRITE))
         except HotswapError:
             return  # what is in the way can't end while this waits
         put_all_back(entry.back)

@@ -23,8 +23,8 @@ to the thread, ``second`` would be let in as nested, and ``first`` would go on w
 
 The garbage collector may close such a generator at any line, those of this module included. Its block then ends on a
 thread that holds the lock, and the lock of a thread lets that thread in again. So :meth:`Turn.ask` and
-:meth:`Turn.settle` look first whether this thread is at work here already (``lock._is_owned()``). Without that look, an
-entry would wait for a turn that only its own thread can give
+:meth:`Turn.let_in_waiting` look first whether this thread is at work here already (``lock._is_owned()``). Without that
+look, an entry would wait for a turn that only its own thread can give
 (``test_a_swap_by_a_finalizer_in_the_middle_of_an_entry_is_refused``), and blocks would be let in or taken out while
 another line looks through them (``test_a_generator_collected_in_the_middle_of_an_entry``).
 """
@@ -132,7 +132,7 @@ class Entry:
             frame = frame.f_back
         return frame is not None
 
-    def enter(self) -> None:
+    def wait(self) -> None:
         """Wait for the turn."""
         patience, start = _patience.get(), time.monotonic()
         self.turn.ask(self)
@@ -143,8 +143,8 @@ class Entry:
                 self.check_patience(patience, start)
         note(self)
 
-    async def enter_awaiting(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
-        """:meth:`enter` for a task, which lets the event loop go on meanwhile.
+    async def wait_async(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
+        """:meth:`wait` for a task, which lets the event loop go on meanwhile.
 
         ``to_the_end`` is for the end of a block. It waits however long that takes. A task that is cancelled meanwhile
         goes on to the end of the block: the error is returned.
@@ -178,13 +178,13 @@ class Entry:
         if patience == math.inf and not self.awaits and any(now - max(start, e.since) > STREAM_LIMIT for e in asleep):
             raise ModelInUseError(refusal("stream_in_use", seconds=STREAM_LIMIT))
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """End the block, in any thread. May be called again, if Ctrl-C has come between."""
         if self.back:
             self.turn.owed.extend(self.back)
             self.back.clear()
         self.is_left, self.owner, self.inside = True, None, frozenset()
-        self.turn.settle()
+        self.turn.let_in_waiting()
 
 
 class Turn:
@@ -236,7 +236,7 @@ class Turn:
                 self._ask(entry, sys._getframe(1), AROUND.get())
         finally:
             if self.is_changed:
-                self.settle()
+                self.let_in_waiting()
 
     def let_in_at_once(self, entries: Sequence[Entry]) -> bool:
         """Let in blocks that are nested in one another, if no other block is open or waits; return whether it did."""
@@ -307,7 +307,7 @@ class Turn:
                 entry.future.set_result(None)
             self.queue.pop(entry, None)
 
-    def settle(self) -> None:
+    def let_in_waiting(self) -> None:
         """Let in all entries whose turn it is.
 
         The garbage collector may close a generator at any line, and its block ends in the middle of this: then the loop
@@ -316,9 +316,9 @@ class Turn:
         self.is_changed = True
         while self.is_changed and not self.lock._is_owned():
             with self.lock:  # a call alone: in Python 3.13, Ctrl-C at the end of a loop in here would keep the lock
-                self._settle()
+                self._let_in_waiting()
 
-    def _settle(self) -> None:
+    def _let_in_waiting(self) -> None:
         self.is_changed = False
         for each in (self.open, self.queue):
             for entry in filter(_is_left, list(each)):

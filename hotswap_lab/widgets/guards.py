@@ -162,7 +162,7 @@ class Column:
         self.ran: bool = False
         #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
         self.guards: dict[str, tuple[str, str]] = {}
-        self.former: dict[str, tuple[str, str]] = {}
+        self.previous: dict[str, tuple[str, str]] = {}
 
     def visit(self, label: str, check: Callable[[], None]) -> None:
         """Call the model a few times, and note the guards of the graph that ran."""
@@ -177,13 +177,13 @@ class Column:
         self.ran = True
         graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
-        self.former, self.guards = self.guards or guards, guards
+        self.previous, self.guards = self.guards or guards, guards
 
     def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
         """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
         if not self.ran:
             return [("nothing compiled ran", False)]
-        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.former.items())
+        counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.previous.items())
         lines = []
         for (kind, was, now), count in sorted(counts.items()):
             text = f"✓ {kind} {was}" if was == now else f"✗ {kind} was {was}, is {now}"

@@ -119,13 +119,13 @@ def contents(owner: object) -> tuple[list[object], list[object]]:
     """What is in the models of ``owner``, to compare with later: of the base models, and of their adapters.
 
     They stay equal until a swap, a version counter, or what PEFT notes on a layer shows a change. A pool knows what it
-    wrote, so it is no change if a block puts the former adapter back.
+    wrote, so it is no change if a block puts the previous adapter back.
 
     >>> from hotswap_lab import demo, set_strength
     >>> model, _ = demo.load("reverse")
     >>> before = contents(model)
     >>> set_strength(model, 0.5)
-    >>> [now == former for now, former in zip(contents(model), before)]
+    >>> [now == previous for now, previous in zip(contents(model), before)]
     [True, False]
     """
     own, adapters = [], []

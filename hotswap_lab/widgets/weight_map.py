@@ -20,7 +20,7 @@ class WeightMap(View):
 
     A row of tiles is a block of the model, a column a kind of layer. A tile shows what the adapter adds to the weight:
     scaling times B A, the root mean square in 14 by 14 parts of it, as a share of the weight's own. So all adapters of
-    all models have the same scale. Models with many layers have one tint for each. Tiles where the former adapter was
+    all models have the same scale. Models with many layers have one tint for each. Tiles where the previous adapter was
     have an outline in its color.
 
     Parameters
@@ -52,7 +52,7 @@ class WeightMap(View):
     tiles: list[Tile]
     counts: dict[str, int]
     #: the adapter before this one, and the layers where it was
-    former: tuple[str, frozenset[str]] = ("", frozenset())
+    previous: tuple[str, frozenset[str]] = ("", frozenset())
 
     def __init__(self, pool_or_model: Switch | torch.nn.Module, adapter_name: str | None = None):
         is_model = isinstance(pool_or_model, torch.nn.Module)
@@ -85,7 +85,7 @@ class WeightMap(View):
         name = whereabouts(self._switch) if self._switch.names else self.adapter_name
         seen = dict(name=name, tiles=tiles, counts=_count(slot, masks), _seen=self._now())
         if name != self.name and self.name:
-            seen["former"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
+            seen["previous"] = self.name, frozenset(each.path for each in self.tiles if each.cells.any())
         with self._refreshes:  # all at once, or a refresh would show one adapter's name with another one's tiles
             vars(self).update(seen)
         self._changed()
@@ -100,7 +100,7 @@ class WeightMap(View):
     def figure(self, said: Sequence[tuple[str, Run]] = (), text: str = "") -> Figure:
         """The tiles, and a bar with the numbers of the base and of the adapter; below them, what was ``said``."""
         answers, title = [(label, run.where, run.text, run.png) for label, run in said], self.summary
-        return drawn(self.tiles, self.name, title, self.counts, self.former, answers, text or str(self))
+        return drawn(self.tiles, self.name, title, self.counts, self.previous, answers, text or str(self))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

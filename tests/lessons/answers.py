@@ -405,7 +405,7 @@ WRONG: dict[str, list[str | tuple[str, ...]]] = {
     "engine my_search": [
         ("    change.apply([plan.change()])\n", ""),
         ("room=of_room", "room=settings[number].scaling"),
-        ("telling=of_memory", "telling=of_room"),
+        ("writing=of_memory", "writing=of_room"),
         ('prepared=table["default"]', "prepared=of_memory"),
         ("the_room.scalings[0][number, 0]", "the_room.scalings[0][0, 0]"),
         ("settings=settings[number].scaling", "settings=of_memory"),

@@ -186,13 +186,13 @@ def test_whoever_has_a_config_may_change_it(model, sources):
 # ---- using, strength, off
 
 
-@pytest.mark.parametrize("former", ["in the pool, at half its strength", "in no pool", "no longer in the model"])
-def test_using_gives_the_former_adapter_back(sources, former):
+@pytest.mark.parametrize("previous", ["in the pool, at half its strength", "in no pool", "no longer in the model"])
+def test_using_gives_the_former_adapter_back(sources, previous):
     model = load(LLAMA, sources["a"])
     pool = pool_of(model, {name: sources[name] for name in "bcd"})
-    if "half" in former:
+    if "half" in previous:
         pool.swap("b", strength=0.5)
-    if "no longer" in former:
+    if "no longer" in previous:
         hotswap_adapter(model, sources["e"], "default")
     before, output, state = observe(model), call(model, LLAMA.inputs()), (pool.active, pool.strength)
     with pool.using("c") as same, pool.using("d", strength=2):

@@ -128,11 +128,11 @@ def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth)
     """That of code compiled ahead of time. The next call of the model is checked again."""
     pool.assign(["a", "b", "c"])
     inputs, batch = truth.inputs[:3], pool._room.batch
-    with batch.entered((inputs,), {}):
+    with batch.around_call((inputs,), {}):
         pass
     assert batch.shown  # the rows differ, so there was a proof
     assert batch.local.outer is None  # it has ended
-    with pytest.raises(HotswapError, match="a batch of 2"), batch.entered((inputs[:2],), {}):
+    with pytest.raises(HotswapError, match="a batch of 2"), batch.around_call((inputs[:2],), {}):
         pass
     with pytest.raises(HotswapError, match="a batch of 4"):
         call(pool.model, truth.inputs)
@@ -140,7 +140,7 @@ def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth)
     with torch.no_grad():
         lora_layers(pool.model)[0].lora_A["default"].weight.mul_(2)  # which is that of row 0 alone
     for _ in range(2):
-        with pytest.raises(HotswapError, match="knows of one row only"), batch.entered((inputs,), {}):
+        with pytest.raises(HotswapError, match="knows of one row only"), batch.around_call((inputs,), {}):
             pass
         assert batch.local.outer is None  # a part that is called next is no part of this call
 

@@ -338,17 +338,17 @@ def _load_wrong(model):
 @operation("save_adapter over another", "over", "adapter_model.safetensors")
 @operation("save_adapter over a .bin", "over", "adapter_model.bin")
 @operation("save_adapter into new folders", "new/a/b", None)
-def _save(where, former, shelf):
+def _save(where, previous, shelf):
     first, second = shelf(1, r=4), shelf(2, r=6, target_modules=["first"])
     expected = {"adapter_config.json", "adapter_model.safetensors"}
-    expected |= {former, "notes.txt"} if former else set()
+    expected |= {previous, "notes.txt"} if previous else set()
 
     def case():
         root = Path(tempfile.mkdtemp(dir=shelf.folder))
         folder = root / where
-        if former:
+        if previous:
             shutil.copytree(first, folder)
-            (folder / "adapter_model.safetensors").rename(folder / former)
+            (folder / "adapter_model.safetensors").rename(folder / previous)
             (folder / "notes.txt").write_text("mine")
         model = _trained(second)
 

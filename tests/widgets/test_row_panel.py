@@ -40,12 +40,12 @@ def test_each_row_is_answered_with_its_adapter_in_one_call_and_the_model_has_aft
     panel.choose(0, "shout")
     panel.prompts[0] = "other"
     assert "sort, hotswap: ahopstw" in str(panel)  # answers keep the adapter that they came from
-    panel.generate, former = (lambda words: words[1:]), [run.result for run in panel.runs]
+    panel.generate, previous = (lambda words: words[1:]), [run.result for run in panel.runs]
     live(panel).start()
     assert panel.wait(30)
     assert "2 answers" in panel._problem.value
     assert "error: HotswapError" in str(panel)
-    assert [run.result for run in panel.runs] == former  # the last good ones
+    assert [run.result for run in panel.runs] == previous  # the last good ones
     assert (pool.active, pool.rows) == ("reverse", [])
     refused("2 answers", panel.run)
 

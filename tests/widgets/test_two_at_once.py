@@ -201,7 +201,7 @@ LONG = {
 @pytest.mark.parametrize("what", LONG)
 def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what):
     widget = LONG[what]()
-    model, former = (getattr(widget, "pool", None) or widget).model, str(widget)
+    model, previous = (getattr(widget, "pool", None) or widget).model, str(widget)
     numbers = itertools.cycle((0.5, 0.25))
     start = (lambda: slide(widget, next(numbers))) if "panel" in what else widget.start
     with in_use(model):
@@ -210,12 +210,12 @@ def test_work_waits_for_a_thread_that_computes_and_the_wait_can_be_stopped(what)
         assert "no other thread computes" in widget._state()
         widget.stop()
         assert widget.wait(SOON)
-        assert (str(widget), widget.error) == (former, None)
+        assert (str(widget), widget.error) == (previous, None)
         start()
         assert not widget.wait(0.1)
     assert widget.wait(SOON)
     assert widget.error is None
-    assert str(widget) != former
+    assert str(widget) != previous
 
 
 def test_inside_a_computation_the_panel_refuses_to_swap(pure):

@@ -71,29 +71,31 @@ def change_to_snapshot(room: Room, packed: Packed) -> Change:
     return room.change_to_packed(packed)
 
 
-def as_now(room: Room, members: Members, former: Packed, updated: Mapping[Member, Packed] = {}) -> Packed:
-    """``former`` with the present weights of its adapters; where these can't be had, with the former ones."""
-    each_row = former.rows if isinstance(former, PackedRows) else (former,)
+def with_current_weights(
+    room: Room, members: Members, previous: Packed, updated: Mapping[Member, Packed] = {}
+) -> Packed:
+    """``previous`` with the present weights of its adapters; where these can't be had, with the previous ones."""
+    each_row = previous.rows if isinstance(previous, PackedRows) else (previous,)
     # rows that have the same weights go on having the same
     now = {id(row.bands): _present(room, members, row, updated) for row in each_row if row}
     rows: list[Any] = list(each_row)
     for number, row in enumerate(each_row):
         if row and (packed := now[id(row.bands)]).bands is not row.bands:
             rows[number] = replace(packed, scalings=room.scalings_of(packed.state, strengths_of(row)))
-    return replace(former, rows=tuple(rows)) if isinstance(former, PackedRows) else rows[0]
+    return replace(previous, rows=tuple(rows)) if isinstance(previous, PackedRows) else rows[0]
 
 
-def _present(room: Room, members: Members, former: Packed, updated: Mapping[Member, Packed]) -> Packed:
-    owner = former.state.owner
+def _present(room: Room, members: Members, previous: Packed, updated: Mapping[Member, Packed]) -> Packed:
+    owner = previous.state.owner
     is_dropped = isinstance(owner, Member) and owner not in updated and owner.packed is None
-    if owner is None or is_dropped:  # `former` has its weights
-        return former
+    if owner is None or is_dropped:  # `previous` has its weights
+        return previous
     try:
         return weights_of(room, members, owner, updated)
     except HotswapError:  # a share of a mix that can't be had any more, or has no room
         if updated:
             raise
-        return former
+        return previous
 
 
 def weights_of(room: Room, members: Members, owner: Any, updated: Mapping[Member, Packed] = {}) -> Packed:

@@ -1,11 +1,11 @@
-"""Telling: the code that writes what a layer is told about an adapter besides its weights.
+"""Writing: the code that writes the scaling and the settings of a layer: rank, alpha, flags and dropout.
 
-These are its scaling, and its settings: rank, alpha, flags and dropout. Whatever the slot is, and whichever code plans
-the swap, a wrong scaling after a swap comes from here, or from the values that were passed. Settings have one more
-writer: a comparison with a fresh load (:mod:`hotswap_lab.beyond.difference`) writes all tables as it finds them there.
+Whatever the slot is, and whichever code plans the swap, a wrong scaling after a swap comes from here, or from the
+values that were passed. Settings have one more writer: a comparison with a fresh load
+(:mod:`hotswap_lab.beyond.difference`) copies all tables of the fresh load.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,27 +20,25 @@ from .slot import Slot, SlotLayer
 from .tensors import OFF_ATTRIBUTE
 
 
-def write_scalings(change: Change, targets: Sequence[Any], name: str, values: Sequence[float] | torch.Tensor) -> None:
-    """Have ``change`` write scalings.
+def write_packed_scalings(change: Change, memories: Iterable[torch.Tensor], scalings: torch.Tensor) -> None:
+    """Have ``change`` copy ``scalings`` of all layers to each of ``memories``, which a room holds on its devices."""
+    change.copies += [(memory, scalings.expand(memory.shape)) for memory in memories]
 
-    ``targets`` are layers' tables of scalings, with an entry for the adapter ``name`` or without, and ``values`` has a
-    number for each; or they are memory that holds the scalings of several layers, and all get the tensor ``values``.
-    """
-    if isinstance(values, torch.Tensor):
-        change.copies += [(target, values.expand(target.shape)) for target in targets]
-        return
-    tables, numbers = [], []
-    for target, value in zip(targets, values, strict=True):
-        present = target.get(name)
-        if isinstance(present, torch.Tensor):  # a prepared layer's
-            change.copies.append((present, present.new_full((), value)))
+
+def write_scalings(change: Change, tables: Sequence[Any], name: str, scalings: Sequence[float]) -> None:
+    """Have ``change`` write one scaling to each layer's table, under the adapter's ``name``."""
+    present_tables, numbers = [], []
+    for table, scaling in zip(tables, scalings, strict=True):
+        present = table.get(name)
+        if isinstance(present, torch.Tensor):  # the layer is prepared
+            change.copies.append((present, present.new_full((), scaling)))
         elif present is None:
-            change.steps.append(partial(Journal.set_item, table=target, key=name, value=value))
+            change.steps.append(partial(Journal.set_item, table=table, key=name, value=scaling))
         else:
-            tables.append(target)
-            numbers.append(value)
-    if tables:
-        change.steps.append(partial(Journal.set_items, tables=tables, key=name, values=numbers))
+            present_tables.append(table)
+            numbers.append(scaling)
+    if present_tables:
+        change.steps.append(partial(Journal.set_items, tables=present_tables, key=name, values=numbers))
 
 
 def write_settings(

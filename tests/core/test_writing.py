@@ -11,7 +11,8 @@ from oracle import assert_same_outputs
 from peft import LoHaConfig
 
 from hotswap_lab import AdapterPool, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
-from hotswap_lab.core import telling
+from hotswap_lab.core import writing
+from hotswap_lab.core.writing import write_packed_scalings, write_scalings
 
 KIND = KINDS["llama"]
 
@@ -66,13 +67,17 @@ def test_a_wrong_scaling_is_wrong_whatever_way_it_comes(way, tmp_path, monkeypat
     swap(model, folders)
     assert_same_outputs(model, load(KIND, folders[1]), KIND)
 
-    def doubled(change, targets, name, values):
-        values = [2 * each for each in values] if isinstance(values, list) else 2 * values
-        telling.write_scalings(change, targets, name, values)
+    def doubled(change, tables, name, scalings):
+        write_scalings(change, tables, name, [2 * scaling for scaling in scalings])
 
-    for module in [each for name, each in sys.modules.items() if name.startswith("hotswap_lab")]:
-        if vars(module).get("write_scalings") is telling.write_scalings and module is not telling:
+    def doubled_in_memory(change, memories, scalings):
+        write_packed_scalings(change, memories, 2 * scalings)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("hotswap_lab")]:
+        if vars(module).get("write_scalings") is write_scalings and module is not writing:
             monkeypatch.setattr(module, "write_scalings", doubled)
+        if vars(module).get("write_packed_scalings") is write_packed_scalings and module is not writing:
+            monkeypatch.setattr(module, "write_packed_scalings", doubled_in_memory)
     model = load(KIND, folders[0])
     swap(model, folders)
     with pytest.raises(AssertionError):
