@@ -20,12 +20,12 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from contrast import contrast
 from front_ends import ROOT, chromium, open_browser
 from lengths import few_of
 from live_model import CLOSE, LIVE, Reference, read_in
 from playwright.sync_api import expect
 from safetensors.torch import load_file, save_file
-from test_palette import contrast
 
 import hotswap_lab
 from hotswap_lab import demo

@@ -30,12 +30,11 @@ ROOT = Path(__file__).parents[2]
 #: the code, and the tests next to it
 NEAR = {
     "hotswap_lab/core/wrappers.py": "tests/beyond",  # which they are for
-    "hotswap_lab/core/checks.py": "tests/beyond",  # where tests have a config of each method
-    "hotswap_lab/core/settings.py": "tests/beyond",
+    "hotswap_lab/core/settings.py": "tests/beyond",  # where tests have a config of each method
     "hotswap_lab/core": "tests/core",
     "hotswap_lab/pools": "tests/pools",
     "hotswap_lab/files": "tests/files",
-    "hotswap_lab/threads": "tests/test_turns.py",
+    "hotswap_lab/threads": "tests/threads",
     "hotswap_lab/verify.py": "tests/test_verify.py",
 }
 #: seconds for the tests of one mistake; those that take longer have noticed it

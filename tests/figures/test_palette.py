@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contrast import contrast
 
 import hotswap_lab
 from hotswap_lab import demo
@@ -27,17 +28,6 @@ def test_only_the_palette_names_a_color_and_pictures_have_no_others():
     for path in FOLDER.rglob("*.svg"):
         names = {*re.findall(r"\b(?:" + "|".join(demo.adapter_names()) + r")\b", path.read_text())}
         assert {*re.findall(COLOR, path.read_text())} <= NAMED | SHADES | {light(name) for name in names}, path
-
-
-def luminance(color):
-    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
-    return sum(share * each for share, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(*colors):
-    low, high = sorted(map(luminance, colors))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_text_can_be_read():
