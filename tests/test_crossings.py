@@ -32,8 +32,8 @@ REFUSED = {
     ("LoHa", "pool"): "A pool is for adapters of type LORA",
     ("LoHa", "ahead"): "Only a prepared model can be compiled ahead",
 }
-#: what takes ten seconds (``ahead/test_ahead.py`` reads rows from compiled code in the short form), or half of one, with
-#: a neighbor that does the same without a compiler
+#: what takes ten seconds (``ahead/test_ahead.py`` reads rows from compiled code in the short form), or half of one,
+#: with a neighbor that does the same without a compiler
 LATER = {
     *(f"{name} x compiled" for name in ("DoRA", "LoHa", "half", "copies", "trained", "prepared", "several", "rows")),
     *(name for name in CELLS if "ahead" in name),
