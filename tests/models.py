@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-# A model card is no part of any test here, and PEFT takes longer to write one than for the rest of a small adapter.
+# No test here looks at a model card, and PEFT takes longer to write one than for the rest of a small adapter.
 PeftModel.create_or_update_model_card = lambda model, output_dir: None
 
 #: random inputs for a model in float64

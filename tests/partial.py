@@ -1,4 +1,4 @@
-"""Some, not all: from a full case those that match in part, since half of a match is where mistakes hide."""
+"""Some, not all: from a full case those that match in part, because half of a match is where mistakes hide."""
 
 from __future__ import annotations
 

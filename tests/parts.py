@@ -34,7 +34,7 @@ STAY = ("__init__", "compat", "core", "swap")
 NEEDED = ("beyond", "files", "threads")
 #: what a part's table is between, on the page
 BEGIN, END = "<!-- parts: made by tests/parts.py -->\n", "<!-- end of parts -->"
-#: tokens that are no code
+#: tokens that are not code
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -128,7 +128,7 @@ def tried_without(gone: list[str], script: Callable[[], None]) -> dict[str, obje
             for path in (package / part, package / f"{part}.py"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         answer = Path(folder) / "answer.json"
-        # a fork, since importing torch and transformers anew for each part takes longer than all that is tried here
+        # a fork, because importing torch and transformers again for each part takes longer than all that is tried here
         if (child := os.fork()) == 0:
             try:
                 for name in [each for each in sys.modules if each.partition(".")[0] == "hotswap_lab"]:

@@ -86,7 +86,7 @@ def test_wrong_and_refused_are_said(monkeypatch):
         Measured("rank 4", MEMCPY, "right", Timing(0.001, 0.001, 3)),
     )
     report = Report("a machine", Settings(**SMALL), rows)
-    assert Report("a machine", Settings(**SMALL), (rows[0], rows[2])).ok  # what PEFT refuses is no fault of ours
+    assert Report("a machine", Settings(**SMALL), (rows[0], rows[2])).ok  # a refusal of PEFT is not our fault
     assert str(report).splitlines()[5].split() == ["PEFT", "hotswap,", "disk", "(refused)", "no", "such", "thing"]
     assert "hotswap_lab, disk (wrong)" in str(report)
     monkeypatch.setattr(bench, "run", lambda settings, say: report)

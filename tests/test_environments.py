@@ -101,7 +101,7 @@ def test_ci_runs_the_very_test_commands_of_readme_and_contributing():
     assert (of_ci("readme_command"), of_ci("long_command")) == (test, long)
     assert test.endswith(f"&& {long.removesuffix(' -m long')}")
     assert SCRIPT.count('eval "$(long_command)"') == 1
-    # with the system's own Python, or where there is no other
+    # with the system's own Python, or where it is the only one
     assert SCRIPT.count('eval "$(readme_command)"') == 2
 
 

@@ -186,11 +186,11 @@ def test_what_is_piped_is_one_document(tmp_path, command, code):
     jsonschema.validate(found, SCHEMAS[command[0] if command[0] in SCHEMAS else "show"])
 
 
-def test_the_commands_say_what_they_take(capsys):
-    for command in ([], ["tour"], ["show"], ["plan"], ["verify"], ["mix"], ["serve"], ["bench"]):
-        with pytest.raises(SystemExit, match="0"):
-            main([*command, "--help"])
-        assert "--json" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [None, "tour", "show", "plan", "verify", "mix", "serve", "bench"])
+def test_the_commands_say_what_they_take(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([*([command] if command else []), "--help"])
+    assert "--json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,8 @@ def test_each_error_is_one_json_document_too(capsys, monkeypatch, tmp_path, argu
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_that_cannot_be_reached(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["plan", "serve"])
+def test_a_base_that_cannot_be_reached(capsys, monkeypatch, command):
     """One request, in place of half a minute of repeated ones."""
 
     def no_network(*_, **how):
@@ -232,10 +233,9 @@ def test_a_base_that_cannot_be_reached(capsys, monkeypatch):
 
     monkeypatch.setattr("hotswap_lab.files.hub.get_hf_file_metadata", no_network)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
-    sort = demo.adapter_path("sort")
-    for command in (["plan", "team/nowhere", sort, sort], ["serve", "team/nowhere"]):
-        assert main(command) == 1
-        assert "team/nowhere: ConnectionError: no network" in capsys.readouterr().err
+    adapters = [demo.adapter_path("sort")] * 2 if command == "plan" else []
+    assert main([command, "team/nowhere", *adapters]) == 1
+    assert "team/nowhere: ConnectionError: no network" in capsys.readouterr().err
 
 
 def test_json_has_no_nan(capsys, monkeypatch):
@@ -387,22 +387,22 @@ def test_checkpoints_are_shown_by_their_numbers(capsys, tmp_path):
     assert [each["name"] for each in told(capsys, "show", str(tmp_path))[1]["adapters"]] == names
 
 
-def test_plan_needs_no_weights(capsys, tmp_path):
+@pytest.mark.parametrize(("first", "second"), [("reverse", "pig_latin"), ("double", "caesar"), ("caesar", "sort")])
+def test_plan_needs_no_weights(capsys, tmp_path, first, second):
     """A base with a config alone; the plan is the one that a loaded model gives."""
     (tmp_path / "config.json").write_text((demo.BASE_DIR / "config.json").read_text())
-    for first, second in (("reverse", "pig_latin"), ("double", "caesar"), ("caesar", "sort")):
-        code, found = told(capsys, "plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second))
-        expected = hotswap_lab.plan_hotswap(demo.load(first)[0], demo.adapter_path(second))
-        assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
-        assert found["nbytes"] == expected.nbytes
-        assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
-        assert ["verify --add-layers" in each["next_step"] for each in found["refusals"]] == [True] * code
-        # as wide as a terminal, what goes on below is indented, and nothing names what Python alone has
-        assert main(["plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second)]) == code
-        lines = capsys.readouterr().out.splitlines()
-        assert max(map(len, lines)) <= 80
-        assert not code or re.search(r"\n  found:    .*\n {12}model", "\n".join(lines))
-        assert "add_layers" not in "".join(lines)
+    code, found = told(capsys, "plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second))
+    expected = hotswap_lab.plan_hotswap(demo.load(first)[0], demo.adapter_path(second))
+    assert (code, found["ok"], found["layers"]) == (int(not expected.ok), expected.ok, expected.counts)
+    assert found["nbytes"] == expected.nbytes
+    assert [each["summary"] for each in found["refusals"]] == [each.summary for each in expected.refusals]
+    assert ["verify --add-layers" in each["next_step"] for each in found["refusals"]] == [True] * code
+    # as wide as a terminal, what goes on below is indented, and nothing names what Python alone has
+    assert main(["plan", str(tmp_path), demo.adapter_path(first), demo.adapter_path(second)]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not code or re.search(r"\n  found:    .*\n {12}model", "\n".join(lines))
+    assert "add_layers" not in "".join(lines)
 
 
 def deeper(tensors):
@@ -446,15 +446,18 @@ def test_a_plan_and_verify_agree(tmp_path, change):
             assert main(["verify", BASE, *pair]) == code
 
 
-def test_what_needs_weights_is_not_decided(capsys, tmp_path):
-    kind = models.Kind(demo.load_base, dict, ("q_proj",))
-    others = {"IA3": ia3(tmp_path / "ia3")}
-    for name, value in (("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")):
-        others[name] = models.save_random_adapter(kind, tmp_path / name, 0, r=4, **{name: value})
-    for name, each in others.items():
-        assert main(["plan", BASE, demo.adapter_path("reverse"), each]) == 3
-        assert f"weights: {name};" in capsys.readouterr().out
-        assert told(capsys, "plan", BASE, each, demo.adapter_path("reverse")) == (3, {"ok": None, "needs": [name]})
+@pytest.mark.parametrize(
+    ("needed", "value"), [("IA3", None), ("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")]
+)
+def test_what_needs_weights_is_not_decided(capsys, tmp_path, needed, value):
+    if needed == "IA3":
+        other = ia3(tmp_path / "ia3")
+    else:
+        kind = models.Kind(demo.load_base, dict, ("q_proj",))
+        other = models.save_random_adapter(kind, tmp_path / needed, 0, r=4, **{needed: value})
+    assert main(["plan", BASE, demo.adapter_path("reverse"), other]) == 3
+    assert f"weights: {needed};" in capsys.readouterr().out
+    assert told(capsys, "plan", BASE, other, demo.adapter_path("reverse")) == (3, {"ok": None, "needs": [needed]})
 
 
 @pytest.mark.long

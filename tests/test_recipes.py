@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("recipes*.i
 MAX_LINES, LONGER = 6, {"recipes_training.ipynb": 17}
 #: the first line of each cell before the one that is to be pasted
 GIVEN = re.compile(r"# (You have this already|Only for this demo: .+)\n")
-#: headings that are no recipes
+#: headings that are not recipes
 CONTENTS, NEXT = "Contents", "Next"
 
 

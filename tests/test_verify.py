@@ -166,7 +166,7 @@ def test_verdicts_next_to_each_other(model, new):
 
 
 class Counted(Embedded):
-    """With a buffer, and outputs that are no fractions."""
+    """With a buffer, and outputs that are integers."""
 
     def __init__(self):
         super().__init__()

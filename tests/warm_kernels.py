@@ -51,13 +51,13 @@ class Forked:
 
 @functools.cache
 def warm() -> subprocess.Popen:
-    """The process with the imports. It ends with this one, since its input does; Ctrl-C is not for it."""
+    """The process with the imports. It ends with this one, because its input does; Ctrl-C is not for it."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)
 
 
 def launch_kernel(command: list[str], **options: Any) -> Any:
-    """In place of jupyter_client's function. Whatever is no plain Python kernel of this environment starts alone."""
+    """In place of jupyter_client's function. Kernels other than this environment's plain Python start alone."""
     if command[0] != sys.executable or command[1:3] != ["-m", "ipykernel_launcher"]:
         return start_alone(command, **options)
     where = {"env": dict(options["env"] or os.environ), "cwd": options["cwd"] or os.getcwd()}

@@ -42,7 +42,7 @@ LENGTH = torch.export.Dim("length", min=2, max=9)
 
 @pytest.mark.long
 def test_the_example_runs(tmp_path, monkeypatch):
-    """The lines that compile are left out of the other examples' run, since they take long and need a compiler."""
+    """The lines that compile are left out of the other examples' run, because they take long and need a compiler."""
     monkeypatch.chdir(tmp_path)
     text = inspect.getdoc(aoti_compile).replace("# doctest: +SKIP", "")
     test = doctest.DocTestParser().get_doctest(text, {}, "aoti_compile", None, None)

@@ -1,4 +1,4 @@
-"""What is noted about code that is compiled ahead of time, and refused, since AOTInductor checks nothing.
+"""What is noted about code that is compiled ahead of time, and refused, because AOTInductor checks nothing.
 
 The graphs are exported, and not compiled (:mod:`exported`): no check depends on that.
 """
@@ -100,13 +100,13 @@ CALLS = [
 
 
 @pytest.mark.long
-def test_inputs_of_another_form(granites):
+@pytest.mark.parametrize(("words", "inputs"), CALLS, ids=[words for words, _ in CALLS])
+def test_inputs_of_another_form(granites, words, inputs):
     """Compiled code takes what it gets for what it was compiled for, and would compute anything."""
     make, path = granites
     ahead = bind(path, model := make())
-    for words, inputs in CALLS:
-        error = refused("not compiled for such inputs", lambda _, inputs=inputs: ahead(**inputs), model)
-        assert words in str(error)
+    error = refused("not compiled for such inputs", lambda _: ahead(**inputs), model)
+    assert words in str(error)
 
 
 UNFIT = [

@@ -140,7 +140,7 @@ def _another_is_active(model) -> None:
 
 
 def _disabled_in_a_block(model) -> None:
-    model.block = model.disable_adapter()  # kept, since the block ends with it
+    model.block = model.disable_adapter()  # kept, because the block ends with it
     model.block.__enter__()
 
 
@@ -197,7 +197,7 @@ class Remembering(torch.nn.Module):
 
 
 def test_a_saved_module_that_has_changed(tmp_path):
-    """What it has seen is no more, and what it shares is shared again."""
+    """The state that it has seen is gone, and what it shares is shared again."""
     kind = Kind(lambda: torch.nn.Sequential(Remembering(), torch.nn.Linear(12, 6)), lambda: torch.randn(5, 12), ())
     old, new = save_all(tmp_path, *[LoraConfig(target_modules=["1"], modules_to_save=["0"])] * 2, kind=kind)
     call(model := load(kind, old), kind.inputs())

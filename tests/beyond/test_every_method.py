@@ -93,7 +93,7 @@ def test_back_over_two_swaps_to_the_layers_of_the_first(tmp_path):
     configs = [LoHaConfig(r=2, target_modules=targets[:count]) for count in (3, 2, 1)]
     first, second, third = save_all(tmp_path, *configs)
     model = load(LLAMA, first)
-    for folder in (second, third, first):  # without add_layers, since they were there before
+    for folder in (second, third, first):  # without add_layers, because they were there before
         hotswap_adapter(model, folder, "default")
         compare("LoHa", model, folder)
 

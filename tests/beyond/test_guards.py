@@ -16,15 +16,26 @@ from models import load
 from hotswap_lab import Adapter, HotswapError, hotswap_adapter, verify_hotswap
 from hotswap_lab.beyond.guards import MemoryGuard, TooLargeError, memory_guard, take_out
 
+#: ways to make a large tensor
+LARGE = {
+    "empty": torch.empty,
+    "arange": torch.arange,
+    "Linear": lambda size: torch.nn.Linear(size, 1),
+    "repeat": torch.ones(4).repeat,
+    "eye": lambda _: torch.eye(10**6),
+    "new_zeros": torch.ones(1).new_zeros,
+    "full": lambda size: torch.full((size,), 1.0),
+    "randn": torch.randn,
+}
 
-def test_large_ones_are_refused_and_many_small_ones_add_up():
-    for make in (
-        *(torch.empty, torch.arange, lambda size: torch.nn.Linear(size, 1), torch.ones(4).repeat),
-        *(lambda _: torch.eye(10**6), torch.ones(1).new_zeros, lambda size: torch.full((size,), 1.0)),
-        torch.randn,
-    ):
-        with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
-            make(10**12)
+
+@pytest.mark.parametrize("way", LARGE)
+def test_large_ones_are_refused(way):
+    with MemoryGuard(1_000_000), pytest.raises(TooLargeError):
+        LARGE[way](10**12)
+
+
+def test_many_small_ones_add_up():
     with MemoryGuard(100_000), pytest.raises(TooLargeError):
         [torch.empty(100) for _ in range(100)]
     with MemoryGuard(10):

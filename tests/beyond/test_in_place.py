@@ -51,7 +51,7 @@ def test_nothing_is_copied_and_nothing_stays(method_folders):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["LoHa", "OFT", "IA3", "VeRA", "LNTuning", "HRA", "SEQ_CLS"])
 def test_in_a_compiled_model_values_change_and_nothing_else(method_folders, tmp_path, name):
-    """The same config: no recompile. Another one: refused, untouched, since the graph would have to change."""
+    """The same config: no recompile. Another one: refused, untouched, because the graph would have to change."""
     (kind, configs), (first, *_, other) = METHODS[name], method_folders(name)
     same = save_random_adapter_of(configs[0], tmp_path / "same", 9, kind)
     torch._dynamo.reset()
@@ -102,7 +102,7 @@ def test_names_of_a_state_dict(method_folders):
 
 
 def test_tensors_that_the_user_replaces(tmp_path):
-    """Where a swap has found them, they are no more."""
+    """They are no longer where a swap has found them."""
     first, second, third = save_all(tmp_path, *[LoHaConfig(r=4, target_modules=ATTENTION)] * 3)
     hotswap_adapter(model := load(LLAMA, first), second)
     for table in (each for each in model.modules() if isinstance(each, torch.nn.ParameterDict)):

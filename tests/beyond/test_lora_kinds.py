@@ -73,7 +73,7 @@ def test_parameters_whose_order_nobody_knows_are_refused(tmp_path):
     names = ["0.weight1", "0.weight2"]
     configs = [LoraConfig(r=rank, target_parameters=names[:rank], target_modules=[]) for rank in (1, 1, 2)]
     first, one, both, none = save_all(tmp_path, *configs, LoraConfig(target_modules=["last"]), kind=kind)
-    for folder in (one, none):  # there is no order of less than two
+    for folder in (one, none):  # fewer than two have no order
         hotswap_adapter(model := load(kind, first), folder, add_layers=True)
         assert_equals_fresh_load(model, kind, folder, margin=10)
     match = "an order of parameters that the base model may have lost"

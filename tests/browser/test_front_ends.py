@@ -67,7 +67,7 @@ def show(kind):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A copy of the notebooks for each front end, since two pages with the same file would share a kernel, and more."""
+    """A copy of the notebooks for each front end, because two pages with one file would share a kernel, and more."""
     folder, ignored = tmp_path_factory.mktemp("notebooks"), shutil.ignore_patterns("solutions", ".*", "*.py")
     cells = (SETUP, *WIDGETS.values(), "panel.active, panel.strength", BUSY)
     for front_end in FRONT_ENDS:
@@ -121,7 +121,7 @@ def widgets(request, browser, address):
     page.close()
 
 
-#: those that run: of the others, there is no more to see in a browser than nbval compares. Chapters 02 to 05 have
+#: those that run: of the others, a browser shows nothing that nbval does not compare. Chapters 02 to 05 have
 #: widgets like those of the page with every widget, and models that take minutes
 WITH_WIDGETS = [
     name
@@ -295,7 +295,7 @@ def test_on_a_phone_nothing_is_too_wide_and_every_control_has_a_name(widgets):
         page.set_viewport_size(before)
 
 
-# ---- without a kernel; these come last, since they end the kernel
+# ---- without a kernel; these come last, because they end the kernel
 
 
 @pytest.mark.long

@@ -52,7 +52,7 @@ def adapter_for(base: object, folder: Path, seed: int) -> str:
         ("/models/base", "team/base", 0, 0),  # most likely a copy
         ("/models/mine", "team/base", 1, 0),
         ("tests/core", "other/core", 0, 0),  # here, it is a folder
-        ("team/base", "", 0, 0),  # these are no names
+        ("team/base", "", 0, 0),  # these are not names
         ("team/base", 7, 0, 0),
     ],
 )
@@ -95,15 +95,28 @@ def test_where_the_shapes_do_not_fit_both_base_models_are_named(tmp_path, way):
     assert "was made for team" not in str(same)
 
 
-def test_which_of_a_family_has_what_the_others_lack(tmp_path):
+@pytest.fixture
+def head_or_none(tmp_path) -> list[str]:
+    """Two adapters: one with a head of its own, one without."""
     head = dict(modules_to_save=["lm_head"])
-    folders = [save_random_adapter(KIND, tmp_path / name, 1, r=4, **how) for name, how in (("a", head), ("b", {}))]
-    for first, found in (
-        (folders[0], "b: modules_to_save, which only the loaded adapter has"),
-        (folders[1], "a: modules_to_save, which the loaded adapter lacks"),
-    ):
-        error = refused("of another kind", prepare_model_for_compiled_hotswap, load(KIND, first), adapters=folders)
-        assert [each.found for each in error.refusals] == [found]
+    return [save_random_adapter(KIND, tmp_path / name, 1, r=4, **how) for name, how in (("a", head), ("b", {}))]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "found"),
+    [
+        (0, "b: modules_to_save, which only the loaded adapter has"),
+        (1, "a: modules_to_save, which the loaded adapter lacks"),
+    ],
+)
+def test_which_of_a_family_has_what_the_others_lack(head_or_none, loaded, found):
+    model = load(KIND, head_or_none[loaded])
+    error = refused("of another kind", prepare_model_for_compiled_hotswap, model, adapters=head_or_none)
+    assert [each.found for each in error.refusals] == [found]
+
+
+def test_which_of_a_family_is_damaged(head_or_none, tmp_path):
+    folders = head_or_none
     config = json.loads(Path(folders[1], "adapter_config.json").read_text())
     Path(folders[1], "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": "8"}))
     model = load(KIND, adapter_for(None, tmp_path / "c", 1))

@@ -19,10 +19,10 @@ from hotswap_lab.core.report import html_table
 PACKAGE = Path(hotswap_lab.__file__).parent
 
 
-def test_it_is_what_code_for_peft_catches():
-    for kind in (ValueError, RuntimeError):
-        with pytest.raises(kind):
-            raise refused("merged", adapter_name="default")
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_it_is_what_code_for_peft_catches(kind):
+    with pytest.raises(kind):
+        raise refused("merged", adapter_name="default")
 
 
 def test_an_error_without_words_is_named_by_its_class():

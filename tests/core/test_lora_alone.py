@@ -140,21 +140,21 @@ def later(monkeypatch):
     monkeypatch.setattr(LoraModel, "_create_and_replace", boosted)
 
 
-def test_a_field_of_a_later_peft_goes_the_way_of_a_fresh_load(later, plain):
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_field_of_a_later_peft_goes_the_way_of_a_fresh_load(later, plain, is_prepared):
     adapter = Adapter.load(plain[1])
     values = {each.name: getattr(adapter.config, each.name) for each in dataclasses.fields(adapter.config)}
     boosted = dataclasses.replace(adapter, config=LaterConfig(**values, lora_gain_of_a_later_peft=3.0))
-    for is_prepared in (False, True):
-        model = load(KIND, plain[0])
-        if is_prepared:
-            prepare_model_for_compiled_hotswap(model, adapters=plain)
-        hotswap_adapter(model, boosted)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
-        assert float(layer.scaling["default"]) == pytest.approx(3 * layer.lora_alpha["default"] / 2**0.5)
-        with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
-            get_strength(model)
-        assert loaded(model)[0].strength is None
-        with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
-            AdapterPool(model, "default", {})
-        hotswap_adapter(model, plain[0])
-        assert_equals_fresh_load(model, KIND, plain[0], prepared=is_prepared)
+    model = load(KIND, plain[0])
+    if is_prepared:
+        prepare_model_for_compiled_hotswap(model, adapters=plain)
+    hotswap_adapter(model, boosted)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert float(layer.scaling["default"]) == pytest.approx(3 * layer.lora_alpha["default"] / 2**0.5)
+    with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
+        get_strength(model)
+    assert loaded(model)[0].strength is None
+    with pytest.raises(HotswapError, match="lora_gain_of_a_later_peft"):
+        AdapterPool(model, "default", {})
+    hotswap_adapter(model, plain[0])
+    assert_equals_fresh_load(model, KIND, plain[0], prepared=is_prepared)

@@ -67,32 +67,32 @@ def train(parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optim
 
 @pytest.mark.parametrize("ready", READY)
 @pytest.mark.parametrize("kind", few_of(("linear", "conv", "embedding", "gpt2"), ("linear",)))
-def test_a_fused_step_is_right_or_refused(tmp_path, kind, ready):
+@pytest.mark.parametrize("which", OPTIMIZERS)
+def test_a_fused_step_is_right_or_refused(tmp_path, kind, ready, which):
     """The fused kernels of the CPU ignore strides, so in common memory they would write to other layers."""
     if (kind, ready) == ("conv", "rows"):
         pytest.skip("refused")
     kind = KINDS[kind]
     folders = save_family(kind, tmp_path, dict(r=4), dict(r=8))
-    for which in OPTIMIZERS:
-        loaded = load(kind, folders[0], is_trainable=True)
-        early = which(trained(loaded), lr=0.1, fused=True)
-        parameters = trained(READY[ready](loaded, folders))
-        late = which(parameters, lr=0.1, fused=True)
-        truth = [each.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for each in parameters]
-        before = [each.detach().clone() for each in truth]
-        train(truth, which(truth, lr=0.1, foreach=False))
-        if ready in SHARED:
-            for fused in (early, late):
-                with pytest.raises(HotswapError, match=CURE) as error:
-                    train(parameters, fused)
-                assert f"{which.__name__}(..., fused=True), and a parameter of shape" in str(error.value)
-            assert all(map(torch.equal, parameters, before))
-            train(parameters, which(parameters, lr=0.1, foreach=True))
-        else:
-            train(parameters, late)
-        for own, expected, was in zip(parameters, truth, before, strict=True):
-            torch.testing.assert_close(own, expected)
-            assert (expected - was).abs().max() > 1e-2
+    loaded = load(kind, folders[0], is_trainable=True)
+    early = which(trained(loaded), lr=0.1, fused=True)
+    parameters = trained(READY[ready](loaded, folders))
+    late = which(parameters, lr=0.1, fused=True)
+    truth = [each.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for each in parameters]
+    before = [each.detach().clone() for each in truth]
+    train(truth, which(truth, lr=0.1, foreach=False))
+    if ready in SHARED:
+        for fused in (early, late):
+            with pytest.raises(HotswapError, match=CURE) as error:
+                train(parameters, fused)
+            assert f"{which.__name__}(..., fused=True), and a parameter of shape" in str(error.value)
+        assert all(map(torch.equal, parameters, before))
+        train(parameters, which(parameters, lr=0.1, foreach=True))
+    else:
+        train(parameters, late)
+    for own, expected, was in zip(parameters, truth, before, strict=True):
+        torch.testing.assert_close(own, expected)
+        assert (expected - was).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("frozen", [0, -1, None])

@@ -131,7 +131,7 @@ def test_inference_tensors_have_no_counter(family, way):
 def test_a_block_of_a_pool_and_what_was_there_before_it(family):
     """Weights that were written by ``.data`` are those that come back, not those that the pool knows.
 
-    What was written beyond the rank alone is no weight of the adapter: zeros come back.
+    What was written only beyond the rank is not a weight of the adapter: zeros come back.
     """
     model = loaded(family[0])
     pool = AdapterPool(model, adapters=dict(zip("012", family, strict=True)), progress=False)

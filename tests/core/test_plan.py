@@ -182,11 +182,11 @@ def test_a_damaged_folder_is_refused(model, new, damage, message):
     refused(message, hotswap_adapter, model, new, "default")
 
 
-def test_inits_that_leave_the_base_alone_are_fine(model, new):
-    for init in (True, False, "gaussian", "orthogonal"):
-        edit(new, with_config(init_lora_weights=init))
-        hotswap_adapter(model, new, "default")
-        assert_equals_fresh_load(model, LLAMA, new)
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_inits_that_leave_the_base_alone_are_fine(model, new, init):
+    edit(new, with_config(init_lora_weights=init))
+    hotswap_adapter(model, new, "default")
+    assert_equals_fresh_load(model, LLAMA, new)
 
 
 class TwoForms(nn.Module):

@@ -148,14 +148,23 @@ def test_a_family_on_all_there_is(tmp_path):
     assert_equals_fresh_load(model, kind, both, prepared=True)
 
 
-def test_the_family_in_any_form(tmp_path):
+#: how a family can be given: functions of the folder of its only member
+FORMS = {
+    "folders": lambda folder: [folder],
+    "adapters": lambda folder: [Adapter.load(folder)],
+    "configs": lambda folder: [LoraConfig.from_pretrained(folder)],
+    "one folder": lambda folder: folder,
+    "a dict": lambda folder: {"second": folder},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_family_in_any_form(tmp_path, form):
     first, second = save_family(LINEAR, tmp_path, FIRST, dict(r=5, target_modules=["last"]))
-    read, config = Adapter.load(second), LoraConfig.from_pretrained(second)
-    for adapters in ([second], [read], [config], second, {"second": second}):
-        model = load(LINEAR, first)
-        prepare_model_for_compiled_hotswap(model, adapters=adapters)
-        hotswap_adapter(model, second, "default")
-        assert_same_outputs(model, load(LINEAR, second), LINEAR)
+    model = load(LINEAR, first)
+    prepare_model_for_compiled_hotswap(model, adapters=FORMS[form](second))
+    hotswap_adapter(model, second, "default")
+    assert_same_outputs(model, load(LINEAR, second), LINEAR)
 
 
 @pytest.mark.long
@@ -286,19 +295,19 @@ def test_inference_mode(tmp_path, is_trainable):
     assert_same_outputs(model, load(LINEAR, first), LINEAR)
 
 
-def test_an_adapter_or_its_base_in_inference_mode(tmp_path):
+@pytest.mark.parametrize("of_adapter", [False, True])
+def test_an_adapter_or_its_base_in_inference_mode(tmp_path, of_adapter):
     """Each tensor stays what it was: in it, or not."""
     folders = save_family(LINEAR, tmp_path, dict(r=2), dict(r=5))
-    for of_base, of_adapter in ((True, False), (True, True)):
-        with torch.inference_mode(of_base):
-            base = LINEAR.base()
-        with torch.inference_mode(of_adapter):
-            model = PeftModel.from_pretrained(base, folders[0]).eval()
-        hotswap_adapter(model, folders[1], "default")
-        with torch.inference_mode():
-            model.load_state_dict(model.state_dict())
-        assert_same_outputs(model, load(LINEAR, folders[1]), LINEAR)
-        assert {each.is_inference() for name, each in model.named_parameters() if "lora_" in name} == {of_adapter}
+    with torch.inference_mode():
+        base = LINEAR.base()
+    with torch.inference_mode(of_adapter):
+        model = PeftModel.from_pretrained(base, folders[0]).eval()
+    hotswap_adapter(model, folders[1], "default")
+    with torch.inference_mode():
+        model.load_state_dict(model.state_dict())
+    assert_same_outputs(model, load(LINEAR, folders[1]), LINEAR)
+    assert {each.is_inference() for name, each in model.named_parameters() if "lora_" in name} == {of_adapter}
 
 
 def test_a_model_that_peft_prepared(tmp_path):
@@ -388,16 +397,21 @@ def test_what_can_not_be_prepared(tmp_path, what):
     refused(match, prepare_model_for_compiled_hotswap, load(kind, *save_family(kind, tmp_path, lora)), **arguments)
 
 
-def test_models_that_can_not_be_prepared():
-    every_bias = LoraConfig(r=2, target_modules=["last"], bias="all")
-    other = IA3Config(target_modules=["last"], feedforward_modules=[])
-    no_layers = "No adapter layers found on the model, make sure call"
-    for model, match in (
-        (get_peft_model(LINEAR.base(), every_bias), "can't be prepared for the loaded adapter"),
-        (get_peft_model(LINEAR.base(), other), no_layers),
-        (LINEAR.base(), no_layers),
-    ):
-        refused(match, prepare_model_for_compiled_hotswap, model, target_rank=8)
+NO_LAYERS = "No adapter layers found on the model, make sure call"
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LoraConfig(r=2, target_modules=["last"], bias="all"), "can't be prepared for the loaded adapter"),
+        (IA3Config(target_modules=["last"], feedforward_modules=[]), NO_LAYERS),
+        (None, NO_LAYERS),
+    ],
+    ids=["every bias", "IA3", "no adapter"],
+)
+def test_models_that_can_not_be_prepared(config, match):
+    model = get_peft_model(LINEAR.base(), config) if config else LINEAR.base()
+    refused(match, prepare_model_for_compiled_hotswap, model, target_rank=8)
 
 
 def test_the_plan_says_what_is_padded_and_off(tmp_path):
@@ -467,7 +481,7 @@ def test_a_scaling_is_a_named_buffer(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_what_is_prepared_is_as_exact_as_the_model(tmp_path, rows):
-    # 5 / 3 and 7 / sqrt(5) are no numbers of float32
+    # 5 / 3 and 7 / sqrt(5) are not exact in float32
     folders = save_family(LLAMA, tmp_path, dict(r=3, lora_alpha=5), dict(r=5, lora_alpha=7, use_rslora=True))
     model = load(LLAMA, folders[0])
     pool = AdapterPool(model, adapters=dict(zip("ab", folders, strict=True)), rows=rows, progress=False)

@@ -23,7 +23,7 @@ import peft.utils.hotswap as peft_hotswap
 import pytest
 import torch
 from adapters import save_random_adapter_of
-from lengths import few_of
+from lengths import few_of, long
 from models import ARCHITECTURES, KINDS, call, load, lora_layers, randomize, save_family
 from mutations import KEY, odd, with_config, with_tensors
 from oracle import (
@@ -137,16 +137,16 @@ def test_configs_of_all_forms(tmp_path):
 
 
 @pytest.mark.long
-def test_a_change_of_one_field_is_noticed(tmp_path):
+@pytest.mark.parametrize("field", ONE_FIELD, ids=str)
+def test_a_change_of_one_field_is_noticed(tmp_path, field):
     """What is known of one config's layers is kept for the next adapter, unless it depends on a field that differs."""
     config = dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj"])
     every = dict(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
-    every, one, *others = save_family(LLAMA, tmp_path, every, config, *(config | each for each in ONE_FIELD))
-    for other in others:
-        model = load(LLAMA, every)
-        for folder in (other, one, other):
-            hotswap_adapter(model, folder, "default")
-            assert_equals_fresh_load(model, LLAMA, folder)
+    every, one, other = save_family(LLAMA, tmp_path, every, config, config | field)
+    model = load(LLAMA, every)
+    for folder in (other, one, other):
+        hotswap_adapter(model, folder, "default")
+        assert_equals_fresh_load(model, LLAMA, folder)
 
 
 # ---- from any state of the model
@@ -476,16 +476,32 @@ ODD = [{KEY: value} for value in odd(torch.ones(4, 12)).values()]
 ODD += [{key: torch.ones(4, 12)} for key in (5, None, ("a", "b"), b"a", "", ".", ".lora_A.weight", "...")]
 
 
+@pytest.fixture(scope="module")
+def loaded_adapter(tmp_path_factory):
+    """A model, and the adapter that is loaded in it."""
+    (folder,) = save_family(LINEAR, tmp_path_factory.mktemp("loaded"), dict(r=4))
+    return load(LINEAR, folder), Adapter.load(folder)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_odd_entries_and_what_is_no_table(tmp_path):
-    (folder,) = save_family(LINEAR, tmp_path, dict(r=4))
-    model, adapter, swap = load(LINEAR, folder), Adapter.load(folder), hotswap_adapter_from_state_dict
-    for entry in ODD:
-        refused("found:", swap, model, {**adapter.tensors, **entry}, "default", adapter.config)
-    refused(f"list under '{KEY}'", swap, model, {**adapter.tensors, KEY: [1.0]}, "default", adapter.config)
-    for table in (None, 5, [], "weights", [("a", torch.ones(2))], torch.ones(2)):
-        with untouched(model), pytest.raises((TypeError, ValueError)):
-            swap(model, table, "default", adapter.config)
+@pytest.mark.parametrize("entry", ODD)
+def test_odd_entries(loaded_adapter, entry):
+    model, adapter = loaded_adapter
+    tensors = {**adapter.tensors, **entry}
+    refused("found:", hotswap_adapter_from_state_dict, model, tensors, "default", adapter.config)
+
+
+def test_a_list_in_place_of_a_tensor_is_named(loaded_adapter):
+    model, adapter = loaded_adapter
+    tensors = {**adapter.tensors, KEY: [1.0]}
+    refused(f"list under '{KEY}'", hotswap_adapter_from_state_dict, model, tensors, "default", adapter.config)
+
+
+@pytest.mark.parametrize("table", [None, 5, [], "weights", [("a", torch.ones(2))], torch.ones(2)], ids=repr)
+def test_only_a_dict_is_a_state_dict(loaded_adapter, table):
+    model, adapter = loaded_adapter
+    with untouched(model), pytest.raises((TypeError, ValueError)):
+        hotswap_adapter_from_state_dict(model, table, "default", adapter.config)
 
 
 # ---- what PEFT does afterwards
@@ -536,30 +552,39 @@ COMING = {
 }
 
 
-@pytest.mark.parametrize("coming", few_of(COMING, list(COMING)[::2]))
-def test_pefts_operations_after_a_swap(tmp_path, coming):
+#: PEFT adds up plain LoRA on linear layers, with the rank of the config on each of them
+AFTER_A_SWAP = [
+    (coming, operation)
+    for coming in COMING
+    for operation in OPERATIONS
+    if coming == "same layers" or not operation.startswith("add")
+]
+
+
+@pytest.mark.parametrize(
+    ("coming", "operation"),
+    [case if case[0] in list(COMING)[::2] else long(*case) for case in AFTER_A_SWAP],
+)
+def test_pefts_operations_after_a_swap(tmp_path, coming, operation):
     name, old, new = COMING[coming]
-    kind = KINDS[name]
+    kind, change = KINDS[name], OPERATIONS[operation]
     full, few, other = save_family(kind, tmp_path, old, new, dict(r=4))
-    for operation, change in OPERATIONS.items():
-        if operation.startswith("add") and coming != "same layers":
-            continue  # PEFT adds up plain LoRA on linear layers, with the rank of the config on each of them
-        model, fresh = load(kind, full), load(kind, few)
-        hotswap_adapter(model, few, "default")
-        live, expected = (change(each, other) for each in (model, fresh))
-        assert_close(call(live, kind.inputs()), call(expected, kind.inputs()))
-        if operation == "merge":
-            match = "Cannot hot-swap adapter 'default' because it is currently merged into"
-            refused(match, hotswap_adapter, model, full, "default")
-            model.unmerge_adapter()
-            one = resolve_slot(model, "default").layers[0].module
-            one.merge(adapter_names=["default"])
-            refused(match, hotswap_adapter, model, full, "default")
-            one.unmerge()
-        if operation != "merge and unload":
-            model.set_adapter("default")
-            hotswap_adapter(model, full, "default")
-            assert_same_outputs(model, load(kind, full), kind)
+    model, fresh = load(kind, full), load(kind, few)
+    hotswap_adapter(model, few, "default")
+    live, expected = (change(each, other) for each in (model, fresh))
+    assert_close(call(live, kind.inputs()), call(expected, kind.inputs()))
+    if operation == "merge":
+        match = "Cannot hot-swap adapter 'default' because it is currently merged into"
+        refused(match, hotswap_adapter, model, full, "default")
+        model.unmerge_adapter()
+        one = resolve_slot(model, "default").layers[0].module
+        one.merge(adapter_names=["default"])
+        refused(match, hotswap_adapter, model, full, "default")
+        one.unmerge()
+    if operation != "merge and unload":
+        model.set_adapter("default")
+        hotswap_adapter(model, full, "default")
+        assert_same_outputs(model, load(kind, full), kind)
 
 
 def test_a_layer_that_was_off_comes_back_in_another_form(tmp_path):

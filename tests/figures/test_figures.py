@@ -87,7 +87,7 @@ def test_the_timeline_is_logarithmic():
 
 
 def test_a_timetable_cuts_no_name_and_counts_its_calls():
-    """Where there is no room for a request's adapter, its number stands alone."""
+    """Where a request's adapter doesn't fit, only its number is drawn."""
     table = timetable([[(0, "sort")]] * 12, "Rows")
     ticks = {each.text: float(each.get("x")) for each in parts(table, "text") if each.text.startswith("call ")}
     assert ticks == {f"call {call}": pytest.approx(60 + 580 / 12 * (call - 0.5), abs=0.1) for call in (1, 5, 10)}

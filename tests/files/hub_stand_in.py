@@ -111,7 +111,7 @@ class StandInHub:
             repository, _, revision = repository.partition("/revision/")
         is_public = repository in self.repositories and repository not in self.private
         if not is_public and token != f"Bearer {self.private.get(repository)}":
-            # for who may not see it, a private repository looks like one that isn't there
+            # without access, a private repository looks like a missing one
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
         if repository in self.gated and name:
             return 403, {"X-Error-Code": "GatedRepo"}, b""

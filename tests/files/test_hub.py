@@ -132,11 +132,9 @@ def test_repository_revision_subfolder_token_cache_and_endpoint(hub, swaps_in, f
     swaps_in("second", **local)
 
 
-def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
-    del hub.repositories["team/adapter"]["v2"][WEIGHTS]
-    hub.add("team/gated", folders["new"])
-    hub.gated.add("team/gated")
-    for match, repository, arguments in (
+@pytest.mark.parametrize(
+    ("match", "repository", "arguments"),
+    [
         (r"^Can't find 'adapter_config\.json' at 'team/nothing'", "team/nothing", {}),
         ("RepositoryNotFoundError", "team/secret", {}),
         ("RepositoryNotFoundError", "team/secret", dict(token="hf_wrong")),
@@ -146,9 +144,14 @@ def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders):
         (r"^Can't find 'adapter_config\.json'", "not a/valid/id", {}),
         ("GatedRepoError", "team/gated", {}),
         ("local_files_only", "team/adapter", dict(local_files_only=True, revision="v9")),
-    ):
-        error = refused(match, hotswap_adapter, model, repository, "default", **arguments)
-        assert str(error).count("found:") == str(error).count("next:") == 1
+    ],
+)
+def test_what_is_not_there_or_not_allowed_is_refused(hub, model, folders, match, repository, arguments):
+    del hub.repositories["team/adapter"]["v2"][WEIGHTS]
+    hub.add("team/gated", folders["new"])
+    hub.gated.add("team/gated")
+    error = refused(match, hotswap_adapter, model, repository, "default", **arguments)
+    assert str(error).count("found:") == str(error).count("next:") == 1
 
 
 def test_keys_without_a_prefix_are_refused_as_those_of_a_folder_are(hub, model, folders):
@@ -253,7 +256,7 @@ FAILING = {
 
 @pytest.mark.long
 def test_what_fails_for_good_is_refused_and_works_when_the_hub_does(hub, swaps_in, folders, tmp_path):
-    """All at once, since huggingface_hub repeats most requests for some seconds."""
+    """All at once, because huggingface_hub repeats most requests for some seconds."""
     for name, (fault, _, _) in FAILING.items():
         hub.add(f"faulty/{name}", folders["new"])
         hub.faults[f"faulty/{name}/" if name != "cut" else WEIGHTS] = fault

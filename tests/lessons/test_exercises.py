@@ -95,7 +95,7 @@ FRESH = {
 @pytest.mark.long
 @pytest.mark.parametrize("chapter", FRESH)
 def test_the_file_runs_in_a_new_process_after_each_chapter(chapter, capsys):
-    """The notebooks' tests skip these cells, since each of them imports everything anew."""
+    """The notebooks' tests skip these cells, because each of them imports everything again."""
     first, _, code = FRESH[chapter].source.partition("\n")
     building.in_new_process(first.split()[1], code)
     (stored,) = FRESH[chapter].outputs
@@ -149,7 +149,7 @@ def test_wrong_answers_are_refused_and_right_ones_are_not(which, count, capsys):
     for answer in WRONG[which][:count]:
         out = tried(which, answer, capsys)
         assert out.startswith("Not yet.\n"), answer
-        # a wrong answer is no error, but for gradients, and a tensor that may be written to only where these are off
+        # a wrong answer raises no error, except with gradients, and for a tensor that can be written only without them
         assert "your code runs" not in out or re.search("a leaf Variable|are no longer o", out), (answer, out)
 
 

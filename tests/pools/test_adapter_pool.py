@@ -238,7 +238,7 @@ def test_an_adapter_that_is_removed_while_it_is_updated(pool, sources):
 
 
 def test_strengths_that_are_set_by_peft(model, pool, sources):
-    """Equal ones are the pool's strength; uneven ones are no error until somebody asks for it, and come back."""
+    """Equal ones are the pool's strength; uneven ones raise an error only when it is read, and come back."""
     for layer in lora_layers(model):
         layer.set_scale("default", 0.5)
     assert pool.strength == 0.5

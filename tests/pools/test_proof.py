@@ -116,7 +116,7 @@ class Noisy(nn.Module):
 
 
 class Telling(Two):
-    """Beside its output, what is no fraction, and one number for the whole batch."""
+    """Besides its output, integers, and one number for the whole batch."""
 
     def forward(self, x, unused):
         found = self.last(torch.tanh(self.first(x)))
@@ -308,7 +308,7 @@ def test_flattened_tokens_are_blocks_of_a_row(tmp_path, ways):
 
 
 def test_only_outputs_with_a_number_for_each_row_are_compared(tmp_path):
-    given = {"x": randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are no lengths of rows
+    given = {"x": randn(4, 4, 6), "unused": torch.tensor([1, torch.inf, -1, 0])}  # which are not lengths of rows
     kind = Kind(Telling, lambda: given, ("first", "last"))
     pool, folders = pool_for(kind, tmp_path)
     truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]

@@ -142,7 +142,7 @@ def test_a_call_that_no_hook_sees_is_checked_as_one_and_ends_as_one(pool, truth)
     for _ in range(2):
         with pytest.raises(HotswapError, match="knows of one row only"), batch.around_call((inputs,), {}):
             pass
-        assert batch.local.outer is None  # a part that is called next is no part of this call
+        assert batch.local.outer is None  # a part that is called next does not belong to this call
 
 
 @pytest.mark.parametrize("wanted", [["c", "b"], [None, "b", "a"], ["a"] * 4])

@@ -81,7 +81,7 @@ class Noting(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        # in a class, what is no function is left as it is: functions in it don't see its names
+        # in a class, other statements are left as they are: functions in it don't see its names
         node.body = [
             self.visit(each) if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else each
             for each in node.body
@@ -104,7 +104,7 @@ def decided(first: int, stops: bool, only_truth: bool, *clauses: Callable[[], An
     False
     >>> decided(4, False, True, lambda: False, lambda: False)  # each of the two is enough
     False
-    >>> decided(6, True, False, lambda: 0, lambda: ())  # what comes out is no truth, but a value
+    >>> decided(6, True, False, lambda: 0, lambda: ())  # the result is a value, not True or False
     ()
     >>> sorted(seen)
     [1, 2, 7]

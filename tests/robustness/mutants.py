@@ -5,7 +5,7 @@
 A mistake that a test should notice needs a test in the file that mirrors the code's. Mistakes without an effect are
 listed in ``mutants.txt``, each with the reason. The checkout is never changed. A hundred mistakes take an hour or more.
 
-mutmut (``pip install mutmut``) makes the mistakes, since it drops and replaces arguments and values as people do.
+mutmut (``pip install mutmut``) makes the mistakes, because it drops and replaces arguments and values as people do.
 cosmic-ray exchanges operators, those of type hints included, and edits the checkout. mutmut's own runner is not used:
 it leaves out decorated functions and wraps all others, which ``torch.compile`` would notice.
 """

@@ -548,7 +548,7 @@ def _pipelines():
 
 
 def _small_pipelines(pipelines):
-    """Pipelines with few layers, since each of them is many more steps; and a LoRA on four of these, and one on two."""
+    """Pipelines with few layers, because each is many more steps; and a LoRA on four of these, and one on two."""
 
     def make_random():
         pipe = pipelines.stable_diffusion()

@@ -94,7 +94,7 @@ class Hunt:
             self._renew()
 
     def _look_around(self, before: dict, ended: str, what: str) -> None:
-        """At what is no part of the model."""
+        """At an attribute of an object outside of the model."""
         now = around()
         if now["files"] != before["files"] or now["threads"] != before["threads"]:
             gc.collect()  # what hangs on the error's traceback

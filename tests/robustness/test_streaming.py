@@ -100,7 +100,7 @@ def served_by_gradio(stream: Callable) -> Iterator[Callable[[str], str]]:
         prevent_thread_lock=True, quiet=True, show_error=True, server_name="127.0.0.1", max_threads=40
     )
     free = queue.SimpleQueue()
-    for _ in range(CLIENTS):  # made before, since this takes a thread of the server, too
+    for _ in range(CLIENTS):  # made before, because this takes a thread of the server, too
         free.put(Client(address, verbose=False, httpx_kwargs={"timeout": 120}))
 
     def ask(name: str) -> str:

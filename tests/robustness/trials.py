@@ -143,7 +143,7 @@ def limited(seconds: float) -> Iterator[None]:
     def too_late(*_: object) -> None:
         raise LateError
 
-    # of a processor's time, since others may want it, too; a process that waits without using any is ended from outside
+    # of a processor's time, because others may want it, too; a process that only waits is ended from outside
     signal.signal(signal.SIGPROF, too_late)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:

@@ -3,7 +3,7 @@
 python tests/serving/server_load.py --requests 96 --threads 2
 
 Rows that come and go, whole batches (the next one starts when all answers of one have ended), and one at a time. The
-ways take turns, since a machine has other things to do, too.
+ways take turns, because a machine has other things to do, too.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def gpt2():
     how = dict(special_tokens=SPECIAL, initial_alphabet=kind.alphabet(), show_progress=False, vocab_size=285)
     tokenizer.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(**how))
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
-    made.add_tokens(["<tool>"])  # in the text, since it isn't special
+    made.add_tokens(["<tool>"])  # in the text, because it isn't special
     return made
 
 
@@ -116,7 +116,7 @@ def test_the_bytes_of_the_tokens_are_those_of_the_answer(make):
         if LOST not in expected:
             assert (text, raw.decode()) == (expected, expected)
             assert "".join(token.name for token in tokens).count("bytes:") == sum(map(is_part, tokens))
-        # in Llama's tokenizer, one byte that is no text takes its neighbors along, but not those that are sent
+        # in Llama's tokenizer, a byte that is not text takes its neighbors along, but not those that are sent
         assert re.fullmatch(re.sub(f"{LOST}+", ".*", re.escape(text)), raw.decode(errors="replace"), re.DOTALL)
         if make in (gpt2, smollm2):
             assert text == expected == raw.decode(errors="replace")

@@ -135,13 +135,13 @@ STOPS = [("n",), *some_of(("ook", "book", "k", "kno", "kx"))]
 
 @pytest.mark.long
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_an_answer_ends_before_a_stop(served, is_streamed):
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_an_answer_ends_before_a_stop(served, is_streamed, stop):
     whole = "notebooknotebook"
-    for stop in STOPS:
-        text = whole[: min([whole.find(each) for each in stop if each in whole], default=len(whole))]
-        pieces = asyncio.run(served.pieces("double", "notebook", stop=stop, is_streamed=is_streamed))
-        assert ("".join(piece.text for piece in pieces), pieces[-1].finish) == (text, "stop")
-        assert is_streamed or len(pieces) == 1
+    text = whole[: min([whole.find(each) for each in stop if each in whole], default=len(whole))]
+    pieces = asyncio.run(served.pieces("double", "notebook", stop=stop, is_streamed=is_streamed))
+    assert ("".join(piece.text for piece in pieces), pieces[-1].finish) == (text, "stop")
+    assert is_streamed or len(pieces) == 1
 
 
 HOT = dict(temperature=30.0, max_tokens=12)
@@ -523,7 +523,7 @@ def test_what_a_file_says_is_escaped_in_the_log(tmp_path):
     with logged() as messages:
         request = Request(prompt="hotswap>", shares={voice: 1.0})
         refused("can't read", lambda: asyncio.run(text_of(replica.answer(request))))
-    assert len(messages) == 2  # since it is asked twice
+    assert len(messages) == 2  # because it is asked twice
     for message in messages:
         assert r"voice\x1b[31m\n" in message
         assert all(each.isprintable() for each in message.splitlines())

@@ -791,7 +791,7 @@ def test_two_generators_in_one_thread(pool, folders):
     with pytest.raises(HotswapError, match="open block around this code, or in a generator"):
         next(second)
     refused("finish or close its generator; in a pytest fixture", pool.swap, "third")
-    with in_use(pool):  # computing is no swap
+    with in_use(pool):  # computing is not a swap
         assert computes(pool.model, folders["new"])
     assert list(first) == [True, True]
     assert pool.active == "old"
