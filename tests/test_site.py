@@ -164,13 +164,13 @@ def test_a_page_of_a_task_begins_with_a_block():
         assert re.match(r"# .+\n\n```(python|bash)\n", (DOCS / f"{name}.md").read_text()), name
 
 
-def test_links_lead_somewhere():
-    for page in [*PAGES, *NOTEBOOKS]:
-        for link in re.findall(r"\]\((?!http)([^)]+)\)", text_of(page)):
-            file, _, anchor = link.partition("#")
-            path = page.parent / file if file else page
-            assert path.exists(), (page, link)
-            assert not anchor or anchor in anchors_of(path), (page, link)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text_of(page)):
+        file, _, anchor = link.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors_of(path), link
 
 
 def test_code_is_code():

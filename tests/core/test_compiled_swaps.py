@@ -271,20 +271,20 @@ def test_freezing_of_one_part_is_refused(tmp_path):
     refused("compiled with freezing", hotswap_adapter, model, old, "default")
 
 
-def test_a_compiled_forward_with_a_hook_around_it(tmp_path):
+@pytest.mark.parametrize("options", [dict(backend="eager"), dict(options={"freezing": True})], ids=["eager", "frozen"])
+def test_a_compiled_forward_with_a_hook_around_it(tmp_path, options):
     """accelerate's hooks have all attributes of what they are around, and no closure."""
     hooks = pytest.importorskip("accelerate.hooks")
     old, new = save_family(LINEAR, tmp_path, dict(r=4), dict(r=8))
-    for how in (dict(backend="eager"), dict(options={"freezing": True})):
-        model = load(LINEAR, old)
-        base = model.get_base_model()
-        base.forward = torch.compile(base.forward, **how)
-        hooks.add_hook_to_module(base, hooks.ModelHook())
-        if "options" in how:
-            refused("compiled with freezing", hotswap_adapter, model, new, "default")
-        else:
-            hotswap_adapter(model, new, "default")
-            assert_same_outputs(model, load(LINEAR, new), LINEAR)
+    model = load(LINEAR, old)
+    base = model.get_base_model()
+    base.forward = torch.compile(base.forward, **options)
+    hooks.add_hook_to_module(base, hooks.ModelHook())
+    if "options" in options:
+        refused("compiled with freezing", hotswap_adapter, model, new, "default")
+    else:
+        hotswap_adapter(model, new, "default")
+        assert_same_outputs(model, load(LINEAR, new), LINEAR)
 
 
 #: what is compiled, and called while freezing is on

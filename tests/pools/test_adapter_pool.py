@@ -852,11 +852,11 @@ def test_a_task_reads_a_dropped_adapter_in_another_thread(model, sources, monkey
     refused("nobody", lambda: asyncio.run(use("nobody")))
 
 
-def test_adapters_that_just_fit_stay(model, sources):
-    memory = {name: Adapter.load(source) for name, source in sources.items()}
+@pytest.mark.parametrize("read", [str, Adapter.load], ids=["folders", "memory"])
+def test_adapters_that_just_fit_stay(model, sources, read):
     limit = pool_of(model, sources).nbytes
-    for adapters in (sources, memory):
-        assert pool_of(model, adapters, max_bytes=limit).nbytes == limit
+    adapters = {name: read(source) for name, source in sources.items()}
+    assert pool_of(model, adapters, max_bytes=limit).nbytes == limit
 
 
 def test_a_file_that_changed_while_it_was_read_is_refused_later(model, sources, monkeypatch):
