@@ -191,7 +191,7 @@ class Cell:
 
     @contextlib.contextmanager
     def now(self, **state: object) -> Iterator[None]:
-        """A block in which other attributes of the cell hold; at its beginning, a look at the model."""
+        """Change attributes of the cell for a block; the model is looked at when it begins."""
         before = {name: getattr(self, name) for name in state}
         vars(self).update(state)
         try:
@@ -418,7 +418,7 @@ class Copied(Feature):
             assert_close(call(twin, truth.inputs), truth.of("big"), cell.tolerance)
 
 
-#: in the order in which they are set up
+#: in the order of their setup
 FEATURES: dict[str, Feature] = {
     "half": Half(),
     "DoRA": Feature(),

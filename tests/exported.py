@@ -82,7 +82,7 @@ def _open(path: str, number: str, *_: object) -> Graph:
 
 @contextlib.contextmanager
 def not_compiled() -> Iterator[None]:
-    """A block in which ``aoti_compile`` writes exported graphs, and ``aoti_load`` binds them."""
+    """In this block, ``aoti_compile`` writes exported graphs, and ``aoti_load`` binds them."""
     with (
         mock.patch.object(compiling, "_build", _build),
         mock.patch.object(compat, "AOTIModelPackageLoader", _open, create=True),

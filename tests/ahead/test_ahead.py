@@ -188,7 +188,7 @@ def test_a_diffusion_model(tmp_path):
 
 
 class Pair(nn.Module):
-    """Two inputs, of which one is twice as long as the other."""
+    """Two inputs; one is twice as long as the other."""
 
     def __init__(self):
         super().__init__()

@@ -100,7 +100,7 @@ def test_what_of_a_bias_goes_with_its_adapter(tmp_path, is_trainable):
 
 
 def family(tmp_path, kind, *names: str) -> list[str]:
-    """Three adapters, of which the first has these base weights in its file."""
+    """Three adapters; only the first has these base weights in its file."""
     layers = list(kind.modules[:3])
     first, *others = save_family(kind, tmp_path, *(dict(r=rank, target_modules=layers) for rank in (4, 6, 2)))
     changed = with_base_weights(first, tmp_path / "with base weights", kind, *names)

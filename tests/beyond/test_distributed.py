@@ -176,7 +176,7 @@ def sharded(model) -> list[DTensor]:
 
 
 def swap(model, folder: str) -> None:
-    """A swap in which no process says anything to another one."""
+    """A swap during which no process sends anything to another one."""
     with CommDebugMode() as communication:
         hotswap_adapter(model, folder, "default")
     assert communication.get_total_counts() == 0

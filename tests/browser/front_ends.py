@@ -30,7 +30,7 @@ SETTINGS = {
 }
 
 
-#: one cell for each widget, in the order in which they stand on the page
+#: one cell for each widget, in the order of the page
 WIDGETS = {
     "panel": "panel = SwapPanel.demo()\npanel",
     "scrubber": "view = WriteScrubber()\nview",

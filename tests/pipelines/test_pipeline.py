@@ -385,7 +385,7 @@ def test_layers_that_the_loaded_one_lacks():
 
 @pytest.mark.long
 def test_one_of_several_adapters():
-    """Names of which one contains the other, both active, with weights; and names that diffusers gives."""
+    """Two names, one inside the other, both active, with weights; and names that diffusers gives."""
     first, other, new = (lora(SD, seed=seed, rank=seed + 1) for seed in range(3))
     pipes = SD.loaded(first, "default"), SD.loaded(new, "default")
     for pipe in pipes:

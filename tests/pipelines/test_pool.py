@@ -266,7 +266,7 @@ def refused_in(worker: ThreadPoolExecutor, swap: Callable[[], object]) -> None:
 
 
 def test_a_thread_in_one_component_holds_back_swaps_in_all():
-    """They share one turn, so no thread sees a pipeline of which only some components are swapped."""
+    """They share one turn, so no thread sees a pipeline with only some components swapped."""
     pipe, pool = pool_of({name: each for name, each in ten().items() if name in ("style 0", "style 1")})
     adapter = read_pipeline_lora(pipe, lora(SD, seed=3, components={"unet": ("to_q",)}))["unet"]
     with ThreadPoolExecutor(1) as worker:

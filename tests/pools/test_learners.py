@@ -235,7 +235,7 @@ def test_the_pool_does_not_keep_a_learner(pool, sources):
 
 @pytest.mark.long
 def test_updates_and_adapters_that_come_and_go_leave_memory_as_it_was(model, pool, sources):
-    """An adapter for each step, of which each is removed, is what servers collect."""
+    """Servers add an adapter for each step and remove it later."""
     learner, passing, count = learner_of(sources["b"]), Adapter.load(sources["c"]), 40_000
     pool.swap("b")
     uses = []

@@ -93,7 +93,7 @@ def test_paths_that_are_ends_of_other_paths(tmp_path):
 
 
 class Alike(nn.Module):
-    """Paths of which one, as a regular expression, is also the other: in ``a.b``, the dot is any letter."""
+    """Two paths, one of which matches the other as a regular expression: in ``a.b``, the dot is any letter."""
 
     def __init__(self):
         super().__init__()

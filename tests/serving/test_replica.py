@@ -55,7 +55,7 @@ def watched_reads(served, monkeypatch):
 
 
 def in_order():
-    """One thread prepares the requests, so that they come to the replica in the order in which they are asked."""
+    """One thread prepares the requests, so that they reach the replica in the order of the calls."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
 
 

@@ -728,7 +728,7 @@ def test_rows_for_a_task(model, folders):
     assert pool.rows == []
 
 
-# ---- blocks that are not left in the order in which they were entered
+# ---- blocks that end in another order than they began
 
 
 def stream(pool: AdapterPool, name: str, steps: int = 3) -> Iterator[bool]:

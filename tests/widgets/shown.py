@@ -13,7 +13,7 @@ def folders(*names: str) -> dict[str, str]:
 
 
 def panel_with(generate, *names: str, prompt: str = WORD, **options) -> SwapPanel:
-    """A panel of a model in which ``reverse`` is."""
+    """A panel of a model with ``reverse`` in it."""
     return SwapPanel(demo.load("reverse")[0], generate, adapters=folders(*names), prompt=prompt, **options)
 
 

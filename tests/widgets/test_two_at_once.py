@@ -25,7 +25,7 @@ SOON = 60
 
 
 class Gate:
-    """A ``generate`` that waits in its first call, until it is let go; it says with which adapter it computes."""
+    """A ``generate`` that notes its adapter, and waits in its first call until it is let go."""
 
     def __init__(self, panel: SwapPanel):
         self.panel = panel
