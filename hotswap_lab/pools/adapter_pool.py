@@ -38,7 +38,17 @@ from .members import Member, Members, check_named, drop, shown_of
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
-from .snapshot import change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of, with_current_weights
+from .snapshot import (
+    change_to_snapshot,
+    has_weights_of,
+    is_in,
+    is_used,
+    owner_in,
+    row_of,
+    snapshot,
+    weights_of,
+    with_current_weights,
+)
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
@@ -207,9 +217,10 @@ class AdapterPool:
         """What all rows compute with; None if it is off or disabled, or not of this pool."""
         room = self._room
         owner = owner_in(room, self._members) if not room.assigned and room.is_intact() else None
-        owner = owner if state_of(room.slot) in ("active", "merged") else None
+        if owner is None or state_of(room.slot) not in ("active", "merged") or not has_weights_of(room, owner):
+            return None
         with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
-            return None if owner is None or self.strength == 0 else owner
+            return None if self.strength == 0 else owner
         return owner
 
     @property
@@ -454,7 +465,7 @@ class AdapterPool:
                 packed = self._all_packed(adapters)
                 rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
                 is_tiled = order == "tile" or (order is None and room.batch.is_tiled)
-                change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(each=copies))
+                change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(repeats=copies))
                 change.steps += steps
                 apply([change], log=self._log_swap)
 
@@ -588,8 +599,12 @@ class AdapterPool:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is active, or its weight."""
-        notes = {name: f"{weight:g} of the mix" for name, weight in (self.mix or {}).items()} or {self.active: "active"}
-        return [(*each.row, notes.get(each.name, "")) for each in list(self._members.values())]
+        owner = self._now
+        if isinstance(owner, Mix):
+            notes = {name: f"{weight:g} of the mix" for name, weight in owner.weights.items()}
+        else:
+            notes = {owner.name: "active"} if owner else {}
+        return [(*member.row, notes.get(member.name, "")) for member in list(self._members.values())]
 
     @property
     def summary(self) -> str:

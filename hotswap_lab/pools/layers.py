@@ -71,7 +71,7 @@ class RowVariant(LoraVariant):
         strength = module.scaling[active_adapter] / own.trained
         batch, repeats = self.batch, 1
         if torch.compiler.is_compiling():
-            repeats = batch.copies.all
+            repeats = batch.copies.tiles
             count, block = batch.blocks_of(x.shape[0])
             if count > batch.rows:  # this graph never gets past the check
                 return result * strength.sum()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from ..core.adapter import Adapter
 from ..core.change import Change, apply
 from ..core.errors import listing, refused
@@ -44,7 +46,13 @@ class Member:
     used: int = 0
 
     @property
+    def bands(self) -> tuple[torch.Tensor, ...] | None:
+        """Its weights; None while it is only in its files."""
+        return self.packed and self.packed.bands
+
+    @property
     def is_in_files(self) -> bool:
+        """Whether its files have its weights."""
         return self.source is not None and self.version == 1
 
     @property

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,8 @@ class Mix:
     """Adapters of a pool, each with its weight."""
 
     shares: tuple[tuple[Member, float], ...]
+    #: the weights of their sum, once it is packed
+    bands: tuple[torch.Tensor, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -63,7 +65,9 @@ def mixed(room: Room, mix: Mix, members: Sequence[Packed]) -> Packed:
             if not sources[-1][1].isfinite().all() and all(each.isfinite().all() for each in whole):
                 raise refused("mix_overflows", weights=mix.weights, path=layer.path, dtype=whole[0].dtype)
     config = complete(_config_of(room.slot, settings, [each.state.config for each in members]), room.slot.host)
-    return room.pack(State(tuple(settings), config, mix), sources)
+    packed = room.pack(State(tuple(settings), config), sources)
+    # by the weights and not by `packed`, because that would be a circle, which only the garbage collector frees
+    return replace(packed, state=replace(packed.state, owner=replace(mix, bands=packed.bands)))
 
 
 def _of_mix(rank: int) -> LayerSettings:

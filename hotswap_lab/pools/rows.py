@@ -149,6 +149,10 @@ class RowRoom(Room):
         """The memory of a band, ``[rows, numbers]``."""
         return _repeated(band.memory, self.rows)
 
+    def _bands_of(self, row: Packed | None) -> Sequence[torch.Tensor]:
+        """The weights of a row: zeros if it has no adapter, because 0 times an overflow would not be 0."""
+        return row.bands if row else [memory.new_zeros(()).expand_as(memory) for memory in self._memories]
+
     def _all_scalings(self) -> list[torch.Tensor]:
         """All scalings on each device, ``[2 + rows, layers, SCALING_STEP]``: the slot's, at strength 1, of each row."""
         return [_repeated(each, self.rows + 2) for each in self.scalings]
@@ -175,12 +179,13 @@ class RowRoom(Room):
             raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # nothing can be read while CUDA records a graph, and when it replays one, no Python runs
-        others = [self._rows_of(band)[1] for band in self.bands]
-        parts = getattr(self.assigned[0], "bands", ()) if self.assigned else others
+        expected = (
+            self._bands_of(self.assigned[0]) if self.assigned else [self._rows_of(band)[1] for band in self.bands]
+        )
         versions = self._versions_now()
-        for memory, part, few in zip(self._memories, parts, self.few, strict=False):
+        for memory, own, few in zip(self._memories, expected, self.few, strict=True):
             at = few if versions == self._versions else slice(None)
-            if not torch.equal(memory[at], part[at].to(memory.device)):
+            if not torch.equal(memory[at], own[at].to(memory.device)):
                 raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
         self._versions = versions  # if it moved, the same values were written again, or restored
 
@@ -252,9 +257,7 @@ class RowRoom(Room):
             change.steps.append(self._note_write)
         for number in {0, *changed}:
             memories = [self._rows_of(band)[number] for band in self.bands]
-            # where there is none, too: 0 times what was there before is no number if that overflows
-            own = bands[number] or [each.new_zeros(()).expand_as(each) for each in memories]
-            change.copies += zip(memories, own, strict=True)
+            change.copies += zip(memories, self._bands_of(rows[number]), strict=True)
         acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
         scalings = torch.stack([now, trained, *acting])
         targets = [each[: len(scalings)] for each in self._all_scalings()]
