@@ -187,15 +187,11 @@ class Batch:
         return not self._is_gone and name in layer.active_adapters and not layer.disable_adapters
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
-        kinds = {name: kind_of(value) for name, value in all_inputs(arguments, named).items()}
-        # the kinds that a graph can tell apart
-        in_graphs = {
-            name: kinds[name]
-            for name, value in all_inputs(arguments, named).items()
-            if isinstance(value, (torch.Tensor, *FLAG))
-        }
+        inputs = all_inputs(arguments, named)
+        kinds = {name: kind_of(value) for name, value in inputs.items()}
+        in_graphs = [name for name, value in inputs.items() if isinstance(value, (torch.Tensor, *FLAG))]
         copies = self.local.copies or ONCE
-        direct = copies, number, frozenset(in_graphs.items())
+        direct = copies, number, frozenset((name, kinds[name]) for name in in_graphs)
         key = direct if in_graph else (copies, number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
         if copies.tiles == 1:  # where rows are kept apart, blocks of them are; blocks don't show it of the rows in them
@@ -203,8 +199,8 @@ class Batch:
         if self.acting <= proven:
             return
         layers = self.acting | proven
-        called, holds = prove(self, self.entries[number], arguments, named, layers)
-        if holds:
+        called, holds_for_others = prove(self, self.entries[number], arguments, named, layers)
+        if holds_for_others:
             self.proven[key] = self.proven[direct] = layers
             self.shown |= called
 
@@ -223,17 +219,9 @@ class Batch:
         self.total = tensors[name].shape[0]
         if torch.compiler.is_exporting():  # another process has another batch: it is checked where the code is called
             return None
-        flags = {key: value for key, value in all_inputs(arguments, named).items() if isinstance(value, FLAG)}
-        checked = checked_inputs(
-            tensors[name],
-            list(tensors.values()),
-            ",".join(tensors),
-            repr(flags),
-            self.number,
-            number,
-            self.total,
-            [*self.copies],
-        )
+        flags = repr({key: value for key, value in all_inputs(arguments, named).items() if isinstance(value, FLAG)})
+        names, values = ",".join(tensors), list(tensors.values())
+        checked = checked_inputs(tensors[name], values, names, flags, self.number, number, self.total, [*self.copies])
         if name.isdigit():
             position = int(name)
             return (*arguments[:position], checked, *arguments[position + 1 :]), named

@@ -98,6 +98,9 @@ class Probe:
     records_sums: bool = False
     #: the layers that were called, in this order, each with the sum of its input if it is recorded
     called: dict[int, float | None] = field(default_factory=dict)
+    #: the model's outputs as ``[rows, ...]``, which the proof compares, and those without an entry for each row
+    by_row: list[torch.Tensor] = field(default_factory=list)
+    others: list[torch.Tensor] = field(default_factory=list)
 
     def acts(self, index: int, x: torch.Tensor) -> bool:
         """Whether the adapter is on a layer. Records the call."""
@@ -108,29 +111,12 @@ class Probe:
     def weights(self, variant: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's ``a`` and ``b``, of rank 1, the same for all rows and in all forwards."""
         generator = torch.Generator().manual_seed(zlib.crc32(variant.path.encode()))
-        drawn = [
-            torch.randn((1, 1, *weights.shape[2:]), generator=generator, device="cpu")
-            for weights in (variant.a, variant.b)
-        ]
+        shapes = [weights.shape[2:] for weights in (variant.a, variant.b)]
+        drawn = [torch.randn((1, 1, *shape), generator=generator, device="cpu") for shape in shapes]
         if not variant.looks_up:
             drawn[0] /= drawn[0].numel() ** 0.5
-        a, b = (
-            weights.to(variant.a.device, variant.a.dtype).expand(len(self.mask), *weights.shape[1:])
-            for weights in drawn
-        )
+        a, b = (weights.to(variant.a).expand(len(self.mask), *weights.shape[1:]) for weights in drawn)
         return a, b
-
-
-@dataclass(eq=False)
-class Outputs:
-    """The outputs of one forward of a proof, as far as they are fractions."""
-
-    #: ``[rows, ...]`` each, which the proof compares
-    by_row: list[torch.Tensor]
-    #: those without an entry for each row
-    others: list[torch.Tensor]
-    #: as :attr:`Probe.called`
-    called: dict[int, float | None]
 
 
 @dataclass(eq=False)
@@ -148,19 +134,17 @@ class Proof:
         self.base: torch.nn.Module = self.batch.room.slot.host.base
         self.total: int = size_of(self.arguments, self.named)
         self.has_tokens: bool = "input_ids" in self.named
-        contents = [
-            tensor for name, tensor in tensor_inputs(self.arguments, self.named).items() if not DERIVED.search(name)
-        ]
+        tensors = tensor_inputs(self.arguments, self.named)
+        contents = [tensor for name, tensor in tensors.items() if not DERIVED.search(name)]
         #: whether other inputs than tokens, such as images, may feed the layers
-        self.has_more: bool = self.has_tokens and any(t.is_floating_point() and t.ndim > 2 for t in contents)
+        self.has_more: bool = self.has_tokens and any(x.is_floating_point() and x.ndim > 2 for x in contents)
 
     def forward(
         self, mask: torch.Tensor | float, layers: Collection[int], seed: int = 0, lengths: torch.Tensor | None = None
-    ) -> Outputs:
-        """Call the model with a probe in some rows, or in all or none of them if ``mask`` is a number."""
+    ) -> Probe:
+        """Call the model with a probe in some rows, or with 1 for ``mask`` in all of them, with 0 in none."""
         local, size = self.batch.local, self.batch.size
-        if not isinstance(mask, torch.Tensor):
-            mask = torch.full((size,), float(mask), device="cpu")
+        mask = torch.as_tensor(mask, dtype=torch.float64, device="cpu").expand(size)
         probe = Probe(mask, layers, self.has_more)
         arguments = [_copied(value, lengths) for value in self.arguments]
         named = {name: _copied(value, lengths) for name, value in self.named.items()}
@@ -171,69 +155,73 @@ class Proof:
                 result = self.entry(*arguments, **named)
             finally:
                 local.probe = None
-        outputs = Outputs([], [], probe.called)
         for leaf in compat.tree_leaves(result):
             if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.ndim:
                 count, rest = divmod(leaf.shape[0], self.total)
                 if not rest and (count == 1 or (count and self.takes_blocks)):
-                    outputs.by_row.append(_by_row(leaf, size, local.copies))
+                    probe.by_row.append(_by_row(leaf, size, local.copies))
                 else:
-                    outputs.others.append(leaf.nan_to_num())
-        return outputs
+                    probe.others.append(leaf.nan_to_num())
+        return probe
 
-    def keeps_apart(self, layers: Collection[int], none: Outputs, lengths: torch.Tensor | None = None) -> bool:
+    def keeps_apart(self, layers: Collection[int], none: Probe, lengths: torch.Tensor | None = None) -> bool:
         """Whether each row's outputs depend on the adapter in this row alone, on these layers."""
         try:
             all_rows = self.forward(1, layers, lengths=lengths)
-            numbers = torch.arange(self.batch.size, device="cpu")
             for bit in range((self.batch.size - 1).bit_length()):
-                mask = numbers >> bit & 1
-                found = self.forward(mask.float(), layers, lengths=lengths)
-                triples = zip(found.by_row, none.by_row, all_rows.by_row, strict=True)
-                if not all(_are_as_expected(*triple, mask.bool()) for triple in triples):
-                    return False
+                mask = torch.arange(self.batch.size, device="cpu") >> bit & 1
+                some = self.forward(mask, layers, lengths=lengths)
+                for outputs in zip(some.by_row, none.by_row, all_rows.by_row, strict=True):
+                    if not _are_as_expected(*outputs, mask.bool()):
+                        return False
         except RuntimeError:  # such as a HotswapError: an input that can't be split
             return False
         return True
 
-    def keeps_apart_at(self, lengths: torch.Tensor, layers: Collection[int]) -> bool:
-        """The same where rows have different lengths; False if the model doesn't take these."""
-        try:
-            none = self.forward(0, (), lengths=lengths)
-        except Exception:  # of any kind: the model doesn't take such lengths, which shows nothing
-            return False
-        return self.keeps_apart(layers, none, lengths)
-
-    def hidden_layers(self, layers: Collection[int], none: Outputs) -> list[int]:
-        """The layers that change outputs of the model, but none that is compared: the last one of each kind."""
-        if not none.others or _are_equal(self.forward(1, layers).others, none.others):
-            return []
-        last_of_kind = {self.kind_of_layer(index): index for index in none.called if index in layers}
-        hidden = []
-        for index in last_of_kind.values():
-            alone = self.forward(1, [index])
-            if _are_equal(alone.by_row, none.by_row) and not _are_equal(alone.others, none.others):
-                hidden.append(index)
-        return hidden
-
-    def check_apart(self, layers: Collection[int], none: Outputs) -> None:
+    def check_apart(self, layers: Collection[int], none: Probe) -> None:
         """Refuse layers that don't keep the rows apart, the first one of each kind by its path."""
         if self.keeps_apart(layers, none):
             return
         groups: dict[str, list[int]] = {}
         for index in sorted(layers):
-            groups.setdefault(self.kind_of_layer(index), []).append(index)
+            groups.setdefault(self.layer_kind(index), []).append(index)
         mixed = [indices[0] for indices in groups.values() if not self.keeps_apart(indices, none)]
         self.refuse(mixed or sorted(layers)[:1], "rows that get one another's adapter")
 
-    def path_of(self, index: int) -> str:
-        return self.batch.room.slot.layers[index].path
+    def hidden_layers(self, layers: Collection[int], none: Probe) -> list[int]:
+        """The layers that change outputs of the model, but none that is compared: the last one of each kind."""
+        if not none.others or _are_equal(self.forward(1, layers).others, none.others):
+            return []
+        last_of_kind = {self.layer_kind(index): index for index in none.called if index in layers}
+        alone = {index: self.forward(1, [index]) for index in last_of_kind.values()}
+        unseen = {index: probe for index, probe in alone.items() if _are_equal(probe.by_row, none.by_row)}
+        return [index for index, probe in unseen.items() if not _are_equal(probe.others, none.others)]
 
-    def kind_of_layer(self, index: int) -> str:
-        return name_of_like(self.path_of(index))
+    def holds_for_others(self, layers: Collection[int], none: Probe) -> bool:
+        """Whether the proof holds for other inputs of this kind: other lengths of the rows, and other contents."""
+        lengths = [_longest(leaf, self.total) for leaf in compat.tree_leaves((self.arguments, self.named))]
+        if 1 in lengths:
+            return False
+        # a sort by length moves rows in one of both orders at least
+        shares = torch.linspace(0, 1, self.total, device="cpu")
+        for order in (shares, shares.flip(0)) if any(lengths) else ():
+            try:
+                none_at = self.forward(0, (), lengths=order)
+            except Exception:  # of any kind: the model doesn't take such lengths, which shows nothing
+                return False
+            if not self.keeps_apart(layers, none_at, order):
+                return False
+        if not self.has_more:
+            return True
+        sums = self.forward(0, (), seed=1).called
+        # where other tokens change nothing, other inputs feed the layer
+        return all(none.called.get(index) is None or none.called[index] != sums.get(index) for index in layers)
+
+    def layer_kind(self, index: int) -> str:
+        return name_of_like(self.batch.room.slot.layers[index].path)
 
     def refuse(self, layers: Collection[int], reason: str) -> None:
-        paths = listing([self.path_of(index) for index in layers], 4)
+        paths = listing([self.batch.room.slot.layers[index].path for index in layers], 4)
         raise refused("rows_not_in_layer", paths=paths, found=reason)
 
 
@@ -264,24 +252,7 @@ def prove(
             if hidden := proof.hidden_layers(layers, none):
                 proof.refuse(hidden, "an effect on outputs alone that have no entry for each row")
             proof.check_apart(layers, none)
-        return layers & none.called.keys(), _holds_for_others(proof, none, layers)
-
-
-def _holds_for_others(proof: Proof, none: Outputs, layers: frozenset[int]) -> bool:
-    """Whether a proof holds for other inputs of this kind: other lengths of the rows, and other contents."""
-    lengths = [_longest(leaf, proof.total) for leaf in compat.tree_leaves((proof.arguments, proof.named))]
-    if any(lengths):
-        if 1 in lengths:
-            return False
-        # a sort by length moves rows in one of both orders at least
-        shares = torch.linspace(0, 1, proof.total, device="cpu")
-        if not all(proof.keeps_apart_at(order, layers) for order in (shares, shares.flip(0))):
-            return False
-    if not proof.has_more:
-        return True
-    sums = proof.forward(0, (), seed=1).called
-    fixed = [index for index in layers if none.called.get(index) is not None and none.called[index] == sums.get(index)]
-    return not fixed  # the tokens reach each layer
+        return layers & none.called.keys(), proof.holds_for_others(layers, none)
 
 
 def name_of_like(path: str) -> str:
