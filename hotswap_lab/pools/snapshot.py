@@ -1,4 +1,4 @@
-"""The adapters in a model before a swap, and how they are put back, with the weights that they have by then."""
+"""The adapters in a model before a swap, and the change that restores them with their present weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,8 +64,8 @@ def row_of(packed: Packed | None, strength: float) -> Row:
     return Row(owner.name, owner.version, strength)
 
 
-def snapshot(room: Room, members: Members) -> Packed:
-    """The present adapters of a room, with their strengths."""
+def take(room: Room, members: Members) -> Packed:
+    """Take a snapshot: the present adapters of a room, with their strengths."""
     state, scalings = room.state, room.scalings[0].detach().clone()
     if room.assigned:
         return PackedRows(state, (), scalings, room.assigned, cast(RowRoom, room).batch.copies)
@@ -79,7 +79,7 @@ def snapshot(room: Room, members: Members) -> Packed:
     return Packed(state, bands, scalings)
 
 
-def change_to_snapshot(room: Room, packed: Packed) -> Change:
+def change_to(room: Room, packed: Packed) -> Change:
     """The change that puts adapters in, one or one for each row."""
     if isinstance(packed, PackedRows):
         return cast(RowRoom, room).change_rows(packed.rows, packed.copies, strengths_of(packed))
@@ -123,7 +123,7 @@ def weights_of(room: Room, members: Members, owner: Any, updated: Mapping[Member
 
 
 def is_in(room: Room, packed: Packed) -> bool:
-    """Whether a room has just this adapter, at its trained strength."""
+    """Whether a room has exactly this adapter, at its trained strength."""
     state = room.state
     is_same_config = _with_sets(packed.state.config) == _with_sets(state.config)
     if packed.state.settings != state.settings or not is_same_config:
@@ -134,7 +134,7 @@ def is_in(room: Room, packed: Packed) -> bool:
 
 
 def _are_in(room: Room, bands: Sequence[torch.Tensor]) -> bool:
-    """Whether a room has these weights, from a look at all of them."""
+    """Whether a room has these weights. Compares all of them."""
     pairs = [(band.memory[: len(part)], part) for band, part in zip(room.bands, bands, strict=True)]
     return all(torch.equal(one, other.to(one.device)) for one, other in pairs)
 
