@@ -6,10 +6,12 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+
+import torch
 
 from .adapter import BASE, ORIGIN, WHEN
 from .errors import HotswapError, Refusal
@@ -158,7 +160,7 @@ def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
         # of a pool's adapter that PEFT loaded, only the pool knows the source
         origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN))
     note = ""
-    if origin and not assigned and not is_new and not _is_there(slot, origin, getattr(owner, "packed", None)):
+    if origin and not assigned and not is_new and not _is_there(slot, origin, getattr(owner, "bands", None)):
         note, origin, owner = _lost(origin), UNKNOWN, None
     if slot.method.is_lora and not any(ranks):
         strength = 0.0
@@ -182,7 +184,7 @@ def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
         now, own = packed.state, strength and round(strength * float(strengths_of(packed).median()), 6)
         owner, origin, note = now.owner, vars(now.config).get(ORIGIN), ""
         # the parameters are views of row 0; other code doesn't reach the others
-        if number == 0 and not is_new and not _is_there(slot, origin, packed):
+        if number == 0 and not is_new and not _is_there(slot, origin, packed.bands):
             owner, origin, note = None, UNKNOWN, _lost(origin)
         return one(name, owner, now.ranks, own, origin, now.config, note)
 
@@ -195,11 +197,11 @@ def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
     return dataclasses.replace(now, rows=rows, note=note)
 
 
-def _is_there(slot: Slot, origin: Any, packed: Packed | None) -> bool:
+def _is_there(slot: Slot, origin: Any, bands: Sequence[torch.Tensor] | None) -> bool:
     """Whether the weights that a swap put in are those of the model now, as far as something is left of them."""
     room, file = slot.room, origin and origin[2]
-    if packed is not None:
-        pairs = [(band.memory, own, len(own)) for band, own in zip(room.bands, packed.bands, strict=True)]
+    if bands is not None:
+        pairs = [(band.memory, own, len(own)) for band, own in zip(room.bands, bands, strict=True)]
         return all(have_same_values(now[:end], own) and not now[end:].any() for now, own, end in pairs)
     return file.is_in(slot) if file else room is None or not room.is_touched
 

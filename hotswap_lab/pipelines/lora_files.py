@@ -1,8 +1,8 @@
 """Reading a diffusers LoRA file: one adapter for each component of the pipeline that the file has tensors for.
 
 diffusers supports many key formats, and every pipeline class has a ``load_lora_weights`` of its own. None of that is
-repeated here: this module calls the pipeline's own function on a stand-in, whose components record what they are given
-instead of loading it. So each adapter is the one that a fresh load would get, and the pipeline is not changed.
+repeated here: this module calls the pipeline's own function on a stand-in, whose components record their adapters
+instead of loading them. So each adapter is the one that a fresh load would get, and the pipeline is not changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 #: config and tensors by component name
-Handed = dict[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]]
+Records = dict[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]]
 
 
 def read_pipeline_lora(
@@ -84,12 +84,12 @@ def read_pipeline_lora(
     # these say how diffusers makes the adapter, so a caller can't override them
     arguments = dict(adapter_name="default", hotswap=False, low_cpu_mem_usage=True, **kwargs)
     try:
-        handed = _handed_over(pipe, label if is_file else dict(source), arguments)
+        records = _recorded_load(pipe, label if is_file else dict(source), arguments)
     except Exception as error:  # diffusers raises many types: no such file, another format, another model's layers
         kind, parts = type(pipe).__name__, listing(components_of(pipe), 9)
         raise refused("pipeline_lora_unreadable", label=label, kind=kind, error=error, components=parts) from error
     adapters = {}
-    for component, (config, tensors) in handed.items():
+    for component, (config, tensors) in records.items():
         adapter = Adapter.from_state_dict(tensors, config, allow_nonfinite=allow_nonfinite)
         adapters[component] = replace(adapter, source=label)
     return adapters
@@ -107,9 +107,9 @@ def components_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in named if isinstance(module, torch.nn.Module)}
 
 
-def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor], arguments: dict) -> Handed:
-    """Call the pipeline's ``load_lora_weights`` on a stand-in, and return what each component would load."""
-    handed: Handed = {}
+def _recorded_load(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor], arguments: dict) -> Records:
+    """Call the pipeline's ``load_lora_weights`` on a stand-in, and return the adapter of each component."""
+    records: Records = {}
     keys: list[str] = []
 
     def lora_state_dict(*args: object, **kwargs: object) -> tuple | dict:
@@ -119,50 +119,50 @@ def _handed_over(pipe: DiffusionPipeline, source: str | dict[str, torch.Tensor],
 
     stand_in = object.__new__(type(pipe))
     # through __dict__, because setting an attribute of a pipeline also changes its config
-    components = {name: _noting(name, model, handed) for name, model in components_of(pipe).items()}
+    components = {name: _recording_twin(name, model, records) for name, model in components_of(pipe).items()}
     # diffusers leaves the hooks of offloading alone if hf_device_map is not None
     stand_in.__dict__.update(pipe.__dict__, **components, lora_state_dict=lora_state_dict, hf_device_map={})
-    # what a file has nothing for, the result says; diffusers would write a line for each
+    # the result shows the components that a file has no tensors for; diffusers would log a line for each
     logger = logging.getLogger("diffusers.loaders.lora_base")
-    logger.addFilter(_is_news)
+    logger.addFilter(_is_not_about_missing_keys)
     try:
         stand_in.load_lora_weights(source, **arguments)
     finally:
-        logger.removeFilter(_is_news)
+        logger.removeFilter(_is_not_about_missing_keys)
     # diffusers silently drops tensors that no component takes
-    if left := len(keys) - sum(len(tensors) for _, tensors in handed.values()):
+    if left := len(keys) - sum(len(tensors) for _, tensors in records.values()):
         heads = sorted({key.partition(".")[0] for key in keys})
         raise ValueError(f"{left} tensors that belong to no component of it; there are some for {listing(heads)}")
-    if not handed:
+    if not records:
         raise ValueError("no tensors at all")
-    return handed
+    return records
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_not_about_missing_keys(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No LoRA keys associated")
 
 
-def _noting(name: str, model: torch.nn.Module, handed: Handed) -> torch.nn.Module:
-    """A twin of a component that adds what is loaded into it to ``handed``, and refuses writes to its base weights."""
+def _recording_twin(name: str, model: torch.nn.Module, records: Records) -> torch.nn.Module:
+    """A twin of a component that adds a loaded adapter to ``records``, and refuses writes to its base weights."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     def load_lora_adapter(state_dict: dict, prefix="transformer", network_alphas=None, metadata=None, **_) -> None:
-        """Make of its arguments what diffusers' ``PeftAdapterMixin.load_lora_adapter`` makes of them."""
+        """Make the config and tensors as diffusers' ``PeftAdapterMixin.load_lora_adapter`` does."""
         if not (tensors := _below(prefix, state_dict)):
             return
         if "lora_A" not in next(iter(tensors)):
             tensors = convert_unet_state_dict_to_peft(tensors)
         # the ^ makes PEFT match the whole path, not the end of one
-        ranks = {f"^{key}": each.shape[1] for key, each in tensors.items() if "lora_B" in key and each.ndim > 1}
+        ranks = {f"^{key}": lora_b.shape[1] for key, lora_b in tensors.items() if "lora_B" in key and lora_b.ndim > 1}
         if not ranks:
             raise ValueError(f"no lora_B among keys such as {next(iter(tensors))!r}")
         alphas = {key: float(value) for key, value in (_below(prefix, network_alphas) or {}).items()} or None
         saved = _below(prefix, metadata)
         config = compat.create_lora_config(tensors, alphas, saved, ranks, model_state_dict=twin.state_dict())
-        handed[name] = config, tensors
+        records[name] = config, tensors
 
     def load_adapter(adapter_state_dict: dict, peft_config: PeftConfig, **_: object) -> None:
-        handed[name] = peft_config, adapter_state_dict
+        records[name] = peft_config, adapter_state_dict
 
     def load_state_dict(state_dict: dict, *_: object, **__: object) -> None:
         raise ValueError(f"base weights for {name}, such as {listing(state_dict, 1)}, which a swap leaves alone")

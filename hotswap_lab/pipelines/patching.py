@@ -21,7 +21,7 @@ from ..files.reading import read
 from .lora_files import components_of, read_pipeline_lora
 from .pipeline import IN_PIPELINES, hotswap_pipeline, is_offloaded
 
-#: what the advice in a refusal has to be for users of transformers' ``load_adapter``
+#: the advice of a refusal, and the one for users of transformers' ``load_adapter``
 IN_TRANSFORMERS = {"pass add_layers=True": "call hotswap_adapter(model, ..., add_layers=True)"}
 #: a list while diffusers loads a LoRA, for the error of the swap: if it got that error, it would delete the adapter
 _kept: ContextVar[list[Exception] | None] = ContextVar("kept", default=None)
@@ -41,16 +41,16 @@ def hotswap_adapter_from_state_dict(*arguments: Any, **keywords: Any) -> None:
         kept.append(error)
 
 
-def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same as an object of its own: undoing a patch replaces it, but not what users import from this package."""
+def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function: undoing a patch replaces this object, but not the function that users import from here."""
     return functools.update_wrapper(functools.partial(function), function)
 
 
 #: the functions that replace those of ``peft.utils.hotswap``, and the replaced ones
 OURS: dict[str, Callable[..., Any]] = {
-    "hotswap_adapter": _apart(swap.hotswap_adapter),
+    "hotswap_adapter": _copied(swap.hotswap_adapter),
     "hotswap_adapter_from_state_dict": hotswap_adapter_from_state_dict,
-    "prepare_model_for_compiled_hotswap": _apart(swap.prepare_model_for_compiled_hotswap),
+    "prepare_model_for_compiled_hotswap": _copied(swap.prepare_model_for_compiled_hotswap),
     "check_hotswap_configs_compatible": check_hotswap_configs_compatible,
 }
 THEIRS: dict[str, Callable[..., Any]] = {name: getattr(peft_hotswap, name) for name in OURS}
@@ -61,7 +61,7 @@ Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Patch(contextlib.AbstractContextManager["Patch"]):
-    """What :func:`patch_peft` replaced. As a context manager, it puts everything back at the end of the block."""
+    """The replacements of :func:`patch_peft`. As a context manager, it undoes them at the end of the block."""
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = [(THEIRS[name], function) for name, function in OURS.items()]
@@ -87,7 +87,7 @@ _active: list[Patch] = []
 
 def _apply_last_patch(known: Iterable[Patch]) -> None:
     """Put the functions of the last active patch, or the original ones, into each module that has one of ``known``."""
-    originals = {id(each): pair[0] for patch in known for pair in patch.pairs for each in pair}
+    originals = {id(function): pair[0] for patch in known for pair in patch.pairs for function in pair}
     wanted = {id(theirs): ours for theirs, ours in _active[-1].pairs} if _active else {}
     # the package itself keeps the original ones
     names = [name for name in sys.modules if name.partition(".")[0] != __name__.partition(".")[0]]
@@ -105,9 +105,9 @@ def _methods() -> list[tuple[type, Callable[..., Any], Maker]]:
         from diffusers.loaders import lora_pipeline, peft
 
         methods.append((peft.PeftAdapterMixin, peft.PeftAdapterMixin.load_lora_adapter, _load_lora_adapter))
-        for each in vars(lora_pipeline).values():
-            if inspect.isclass(each) and "load_lora_weights" in vars(each):
-                methods.append((each, each.load_lora_weights, _load_lora_weights))
+        for value in vars(lora_pipeline).values():
+            if inspect.isclass(value) and "load_lora_weights" in vars(value):
+                methods.append((value, value.load_lora_weights, _load_lora_weights))
     return methods
 
 
@@ -156,13 +156,13 @@ def _load_lora_weights(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(theirs)
     def load_lora_weights(self: Any, *arguments: Any, **keywords: Any) -> None:
-        given = signature.bind(self, *arguments, **keywords).arguments
-        name = given.get("adapter_name")
+        bound = signature.bind(self, *arguments, **keywords).arguments
+        name = bound.get("adapter_name")
         loaded = {key: model for key, model in components_of(self).items() if name in getattr(model, "peft_config", {})}
-        if not given.get("hotswap") or not loaded:  # diffusers says what is wrong with a hotswap into nothing
+        if not bound.get("hotswap") or not loaded:  # diffusers raises the error for a hotswap into nothing
             return theirs(self, *arguments, **keywords)
-        reading = {key: value for key, value in given.get("kwargs", {}).items() if key != "low_cpu_mem_usage"}
-        adapters = read_pipeline_lora(self, given["pretrained_model_name_or_path_or_dict"], **reading)
+        reading = {key: value for key, value in bound.get("kwargs", {}).items() if key != "low_cpu_mem_usage"}
+        adapters = read_pipeline_lora(self, bound["pretrained_model_name_or_path_or_dict"], **reading)
         if len(adapters) == 1 and any(map(is_offloaded, loaded.values())):
             # diffusers takes off the hooks that move weights, and puts them on again
             return theirs(self, *arguments, **keywords)
@@ -199,20 +199,20 @@ def _load_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(theirs)
     def load_adapter(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        given: dict[str, Any] = {"kwargs": {}, **signature.bind(self, *arguments, **keywords).arguments}
-        name, hotswap = given.get("adapter_name"), given.get("hotswap", "auto")
+        bound: dict[str, Any] = {"kwargs": {}, **signature.bind(self, *arguments, **keywords).arguments}
+        name, hotswap = bound.get("adapter_name"), bound.get("hotswap", "auto")
         loaded = name in getattr(self, "peft_config", {})
         if hotswap == "auto":
             hotswap = loaded and getattr(self, compat.HOTSWAP_ENABLED, False)
-        if not hotswap or not loaded:  # transformers says what is wrong with a hotswap into nothing
+        if not hotswap or not loaded:  # transformers raises the error for a hotswap into nothing
             result = theirs(self, *arguments, **keywords)
             _prepare(self)
             return result
         try:
-            source, tensors, config = (given.get(key) for key in ("peft_model_id", "adapter_state_dict", "peft_config"))
+            source, tensors, config = (bound.get(key) for key in ("peft_model_id", "adapter_state_dict", "peft_config"))
             if tensors is None:
-                hub = {**(given["kwargs"].get("download_kwargs") or {}), **(given.get("adapter_kwargs") or {})}
-                if given.get("local_files_only"):
+                hub = {**(bound["kwargs"].get("download_kwargs") or {}), **(bound.get("adapter_kwargs") or {})}
+                if bound.get("local_files_only"):
                     hub["local_files_only"] = True
                 if config is None:
                     swap.hotswap_adapter(self, source, name, **hub)
@@ -222,7 +222,7 @@ def _load_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
                 swap.hotswap_adapter_from_state_dict(self, tensors, name, config)
         except HotswapError as error:
             raise advise(error, IN_TRANSFORMERS) from error.__cause__
-        # what transformers returns: a report of the load, in which nothing is missing after a swap
+        # transformers returns a report of the load. After a swap, nothing is missing there
         nothing = dict(missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={})
         return SimpleNamespace(**nothing, error_msgs=[])
 

@@ -40,7 +40,7 @@ Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapters
 #: the name that ``load_lora_weights`` gives to the first adapter by default
 DEFAULT_NAME = "default_0"
 
-#: texts of refusals that name the functions for single models, and what they are for a pipeline
+#: texts of refusals that name the functions for single models, and those for a pipeline
 IN_PIPELINES = {
     "pass add_layers=True": "call hotswap_pipeline(..., add_layers=True)",
     "prepare_model_for_compiled_hotswap": "prepare_pipeline_for_compiled_hotswap",
@@ -66,8 +66,11 @@ class PipelinePlan:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """The reasons against the swap, each after its component's name; empty if it can be done."""
-        found = [(component, each) for component, plan in self.plans.items() for each in plan.refusals]
-        named = (replace(each, summary=f"{component}: {each.summary}") for component, each in found)
+        named = [
+            replace(reason, summary=f"{component}: {reason.summary}")
+            for component, plan in self.plans.items()
+            for reason in plan.refusals
+        ]
         return advise(HotswapError(*named), IN_PIPELINES).refusals
 
     @property
@@ -185,7 +188,7 @@ def plan_pipeline_hotswap(
     allow_nonfinite: bool = False,
     **kwargs: object,
 ) -> PipelinePlan:
-    """Plan a :func:`hotswap_pipeline` without doing it: what each component would get, or the reasons against it.
+    """Plan a :func:`hotswap_pipeline` without doing it: the change of each component, or the reasons against it.
 
     It takes the same arguments and never changes the pipeline.
 
@@ -225,7 +228,7 @@ def plan_pipeline_hotswap(
     """
     adapters = read_source(pipe, source, allow_nonfinite, kwargs)
     plans = _decide(pipe, adapters, adapter_name, components, add_layers).plans
-    return PipelinePlan({component: _noting_rounding(plan.kept()) for component, plan in plans.items()})
+    return PipelinePlan({component: _with_rounding_note(plan.kept()) for component, plan in plans.items()})
 
 
 def prepare_pipeline_for_compiled_hotswap(
@@ -294,9 +297,9 @@ def prepare_pipeline_for_compiled_hotswap(
     with refusals_logged(pipe, adapter_name):
         loaded = with_adapter(pipe, adapter_name, components)
         read = [for_these(read_source(pipe, source, False, kwargs), loaded, components) for source in adapters]
-        families = {name: [each[name] for each in read if name in each] for name in loaded}
-        if refusals := [each for model in loaded.values() for each in _offloading(model)]:
-            raise HotswapError(*refusals)
+        families = {name: [adapters[name] for adapters in read if name in adapters] for name in loaded}
+        if any(map(compat.is_group_offload_enabled, loaded.values())):
+            raise refused("group_offloaded")
         # under one lock, so that no thread computes with a pipeline of which only some components are prepared
         with locked(*bases_of(pipe)):
             changes = [changes_to_prepare(METHODS, model, families[name], **options) for name, model in loaded.items()]
@@ -318,7 +321,8 @@ def _decide(
         # in diffusers' own models, the file's tensors decide which layers are adapted, whatever its metadata says
         checks = not hasattr(type(slot.host.base), "load_lora_adapter")
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, check_targets=checks)
-        plan.refusals += _offloading(model)
+        if compat.is_group_offload_enabled(model):
+            plan.refusals.append(refusal("group_offloaded"))
         plans[name] = plan
     return PipelinePlan(plans)
 
@@ -328,11 +332,11 @@ def for_all(adapters: Adapters, loaded: Models, adapter_name: str) -> dict[str, 
 
     A fresh load would create no adapter there. The old config is kept, so that later files still find a slot.
     """
-    source, found = next(iter(adapters.values())).source, {}
+    source, complete = next(iter(adapters.values())).source, {}
     for name, model in loaded.items():
         config = find_host(model, adapter_name).configs[adapter_name]
-        found[name] = adapters.get(name) or Adapter(copy.deepcopy(config), {}, source)
-    return found
+        complete[name] = adapters.get(name) or Adapter(copy.deepcopy(config), {}, source)
+    return complete
 
 
 def with_adapter(pipe: DiffusionPipeline, adapter_name: str | None, components: Sequence[str] | None) -> Models:
@@ -343,14 +347,14 @@ def with_adapter(pipe: DiffusionPipeline, adapter_name: str | None, components: 
     names = {key: sorted({name for host in carriers(model) for name in host.configs}) for key, model in models.items()}
     loaded = {key: models[key] for key in chosen if names.get(key) and adapter_name in (None, *names[key])}
     if not loaded or set(chosen) - models.keys():
-        there = "; ".join(f"{key}: {listing(map(repr, each)) or 'no adapter'}" for key, each in names.items())
-        raise refused("not_in_pipeline", adapter_name=adapter_name, chosen=listing(chosen), loaded=there)
+        known = "; ".join(f"{key}: {listing(map(repr, own)) or 'no adapter'}" for key, own in names.items())
+        raise refused("not_in_pipeline", adapter_name=adapter_name, chosen=listing(chosen), loaded=known)
     return loaded
 
 
 def for_these(adapters: Adapters, loaded: Models, components: Sequence[str] | None) -> dict[str, Adapter]:
     """The adapters for the chosen components; refuses those for components that have no adapter yet."""
-    wanted = {name: each for name, each in adapters.items() if components is None or name in components}
+    wanted = {name: adapter for name, adapter in adapters.items() if components is None or name in components}
     if not wanted or wanted.keys() - loaded.keys():
         raise refused("components_without_adapter", found=listing(adapters), loaded=listing(loaded))
     return wanted
@@ -367,21 +371,17 @@ def read_source(
     return source
 
 
-def _noting_rounding(plan: Plan) -> Plan:
+def _with_rounding_note(plan: Plan) -> Plan:
     """Add a note to the plan if values are rounded: a fresh load keeps the file's dtype, a swap keeps the model's."""
-    there = {each.parameter.dtype for each in plan.slot.tensors}
-    coarsest = max((torch.finfo(dtype).eps for dtype in there), default=0)
-    coming = {each.dtype for each in plan.adapter.tensors.values()}
-    if finer := [str(dtype) for dtype in coming if torch.finfo(dtype).eps < coarsest]:
-        there = f"the {listing(there)} that the first LoRA was loaded in"
-        plan.notes.append(f"the file has {listing(finer)}, which is rounded to {there}")
+    in_model = {tensor.parameter.dtype for tensor in plan.slot.tensors}
+    coarsest = max((torch.finfo(dtype).eps for dtype in in_model), default=0)
+    in_file = {tensor.dtype for tensor in plan.adapter.tensors.values()}
+    if finer := [str(dtype) for dtype in in_file if torch.finfo(dtype).eps < coarsest]:
+        rounded_to = f"the {listing(in_model)} that the first LoRA was loaded in"
+        plan.notes.append(f"the file has {listing(finer)}, which is rounded to {rounded_to}")
     return plan
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether the weights of a component are elsewhere until a hook brings them."""
-    return compat.is_group_offload_enabled(model) or any(each.is_meta for each in model.parameters())
-
-
-def _offloading(model: torch.nn.Module) -> list[Refusal]:
-    return [refusal("group_offloaded")] if compat.is_group_offload_enabled(model) else []
+    return compat.is_group_offload_enabled(model) or any(parameter.is_meta for parameter in model.parameters())

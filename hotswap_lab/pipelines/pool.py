@@ -83,8 +83,8 @@ class PipelinePool:
         check_named(adapters)
         self.pipe: Any = pipe
         self.adapter_name: str = adapter_name
-        self._reading, self._told = kwargs, partial(refusals_logged, pipe, adapter_name)
-        with self._told():
+        self._reading, self._refusals_logged = kwargs, partial(refusals_logged, pipe, adapter_name)
+        with self._refusals_logged():
             self._loaded = with_adapter(pipe, adapter_name, None)
             #: for `loaded` and `in_use`, which look for models in attributes
             self.model: torch.nn.ModuleList = torch.nn.ModuleList(self._loaded.values())
@@ -99,20 +99,20 @@ class PipelinePool:
                         prepare_pipeline_for_compiled_hotswap(pipe, read.values(), **needs)
                     self._pools: dict[str, AdapterPool] = {}
                     for key, model in self._loaded.items():
-                        family = {name: each[key] for name, each in read.items()}
+                        family = {name: adapters_of[key] for name, adapters_of in read.items()}
                         self._pools[key] = AdapterPool(model, adapter_name, family, progress=False)
                 except BaseException:
                     way_back.roll_back()
                     raise
 
     def _read(self, name: str, source: Source) -> dict[str, Adapter]:
-        with self._told(name):
+        with self._refusals_logged(name):
             adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
         return for_all(adapters, self._loaded, self.adapter_name)
 
     def _all(self, action: Callable[[AdapterPool, str], object]) -> None:
         """Do the same in the pools of all components, and write all of it, or nothing."""
-        with self._told(), locked(*self._bases), together():
+        with self._refusals_logged(), locked(*self._bases), together():
             live = components_of(self.pipe)  # a component that was freed is None, and is in no answer
             for component, model in self._loaded.items():
                 if component in live and unwrap_compiled(live[component]) is not unwrap_compiled(model):
@@ -131,8 +131,8 @@ class PipelinePool:
     @property
     def active(self) -> str | None:
         """The name of the adapter that all components compute with; None if there is none, or it is off."""
-        found = {pool.active for pool in self._pools.values()}
-        return found.pop() if len(found) == 1 else None
+        names = {pool.active for pool in self._pools.values()}
+        return names.pop() if len(names) == 1 else None
 
     @property
     def strength(self) -> float | None:
@@ -141,8 +141,8 @@ class PipelinePool:
         It may be set at any time; a swap sets it to 1.
         """
         # a component that the file has nothing for has none
-        found = {pool.strength for pool in self._pools.values() if any(pool._room.state.on)} or {1.0}
-        return found.pop() if len(found) == 1 else None
+        strengths = {pool.strength for pool in self._pools.values() if any(pool._room.state.on)} or {1.0}
+        return strengths.pop() if len(strengths) == 1 else None
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -196,7 +196,9 @@ class PipelinePool:
             self._all(lambda pool, _: pool.using(name, strength).begin(back))
             return self
 
-        return Block(self._bases[0], begin, f"leaves {name!r} in the pipeline", tuple, partial(self._told, name))
+        return Block(
+            self._bases[0], begin, f"leaves {name!r} in the pipeline", tuple, partial(self._refusals_logged, name)
+        )
 
     def __str__(self) -> str:
         return "\n".join(f"{component}: {pool}" for component, pool in self._pools.items())

@@ -32,13 +32,13 @@ from ..core.tensors import is_shared
 from ..files.reading import read
 from ..swap import get_strength, refusals_logged, warn_of
 from ..threads import Block, locked, put_back
+from . import snapshot
 from .copies import Copies
 from .learners import of_learner
-from .members import Member, Members, check_named, drop, shown_of
+from .members import Member, Members, check_named, drop, lines_and_notes
 from .mixes import Mix
 from .modules import module_tensors, taken_apart
 from .rows import Row, RowRoom
-from .snapshot import change_to_snapshot, is_in, is_used, owner_in, row_of, snapshot, weights_of, with_current_weights
 
 #: a name, None for no adapter, or a mix: weights by name
 Wanted = str | Mapping[str, float] | None
@@ -58,8 +58,8 @@ class AdapterPool:
     """Many adapters for one place in one model, in memory, switched by name.
 
     The model is prepared for all of them (ranks, layers), so that a swap never moves a tensor and never recompiles.
-    Each adapter takes the memory of its own rank. A swap copies just that; its other work does not depend on the number
-    of layers.
+    Each adapter takes the memory of its own rank. A swap copies only this memory; its other work does not depend on the
+    number of layers.
 
     If several threads answer requests, each with its own adapter, put ``with pool.using(name):`` around each whole
     answer. Swaps from other threads then wait for its end. In tasks of asyncio, use
@@ -82,7 +82,7 @@ class AdapterPool:
     rows:
         The largest batch in which each row may have its own adapter (:meth:`assign`). The model's memory for adapters
         gets that many times as large, and each adapter takes the memory of the highest rank. Not for a model whose
-        memory is shared with other processes, because these don't know what is assigned.
+        memory is shared with other processes, because these don't know the assigned rows.
     check_compiled:
         What to do if the model is compiled and has to be prepared: ``"error"``, ``"warn"`` or ``"ignore"``. Its next
         call compiles once more then.
@@ -136,16 +136,16 @@ class AdapterPool:
         self.model = model
         self.adapter_name: str = name_in(model, adapter_name)
         self._members = Members(hub, self._pack, max_bytes)
-        self._told = partial(refusals_logged, model, self.adapter_name)
+        self._refusals_logged = partial(refusals_logged, model, self.adapter_name)
         adapters, kind = dict(adapters or {}), RowRoom.of(rows)
         slot = slot_for(METHODS, find_host(model, self.adapter_name), self.adapter_name)
         # adapters of another method, or with more extra state, can't be packed
         if not slot.method.is_lora:
             raise refused("pool_needs_lora", adapter_name=self.adapter_name, kind=kind_of(slot.config))
-        if fields := [each for each in slot.method.extra_state(slot.config) if each != "modules_to_save"]:
+        if fields := [field for field in slot.method.extra_state(slot.config) if field != "modules_to_save"]:
             raise refused("pool_needs_lora_alone", adapter_name=self.adapter_name, fields=", ".join(fields))
         base = slot.host.base
-        with self._told(), locked(base, computing=True):
+        with self._refusals_logged(), locked(base, computing=True):
             way_back = Journal()
             try:
                 family = [read(source, only_config=True, **hub) for source in adapters.values()]
@@ -173,7 +173,7 @@ class AdapterPool:
             self._members.add(name, source)
             packed = self._members[name].packed
             # checked now, because the next adapters may cause this one to be dropped
-            if packed and not is_known and is_in(self._room, packed):
+            if packed and not is_known and snapshot.is_in(self._room, packed):
                 is_known, self._room.state = True, packed.state
 
     # ---- its contents
@@ -195,28 +195,32 @@ class AdapterPool:
     @property
     def active(self) -> str | None:
         """The name of the adapter that all rows compute with; None if there is none, or it is off or disabled."""
-        return now.name if isinstance(now := self._now, Member) else None
+        owner = self._owner
+        return owner.name if isinstance(owner, Member) else None
 
     @property
     def mix(self) -> dict[str, float] | None:
         """The weights of the mix that all rows compute with, by name; None if there is no mix, or it is off."""
-        return now.weights if isinstance(now := self._now, Mix) else None
+        owner = self._owner
+        return owner.weights if isinstance(owner, Mix) else None
 
     @property
-    def _now(self) -> Member | Mix | None:
-        """What all rows compute with; None if it is off or disabled, or not of this pool."""
+    def _owner(self) -> Member | Mix | None:
+        """The adapter or mix that all rows compute with, from a comparison of the weights; None if it is off or
+        disabled, not of this pool, or written to by other code."""
         room = self._room
-        owner = owner_in(room, self._members) if not room.assigned and room.is_intact() else None
-        owner = owner if state_of(room.slot) in ("active", "merged") else None
+        owner = snapshot.owner_in(room, self._members) if not room.assigned and room.is_intact() else None
+        if owner is None or state_of(room.slot) not in ("active", "merged") or not snapshot.has_weights_of(room, owner):
+            return None
         with contextlib.suppress(HotswapError):  # if the user has scaled only some of the layers
-            return None if owner is None or self.strength == 0 else owner
+            return None if self.strength == 0 else owner
         return owner
 
     @property
     def rows(self) -> list[Row]:
         """The adapter of each row of a batch, for labels on answers; empty after a swap, which is for all."""
         strength = self.strength if self._room.assigned else 1.0
-        return [row_of(each, strength) for each in self._room.assigned]
+        return [snapshot.row_of(packed, strength) for packed in self._room.assigned]
 
     @property
     def strength(self) -> float:
@@ -225,7 +229,7 @@ class AdapterPool:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        with self._told(), self._turn(), self._writing():
+        with self._refusals_logged(), self._turn(), self._writing():
             check_strength(value, self._room.slot)
             apply([self._room.change_strength(value)], log=lambda: log_event("strength", [self._room.slot]))
 
@@ -243,13 +247,13 @@ class AdapterPool:
         HotswapError
             If the name is taken, or the adapter can't be read or doesn't fit the room that was prepared.
         """
-        with self._told(name):
+        with self._refusals_logged(name):
             self._members.add(name, source)
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One in use can't be removed."""
-        with self._told(name), self._members.lock:
-            if is_used(self._room, self._members[name]):
+        with self._refusals_logged(name), self._members.lock:
+            if snapshot.is_used(self._room, self._members[name]):
                 raise refused("adapter_in_use", name=name)
             apply([Change(steps=[lambda journal: journal.remove(self._members, name)])])
 
@@ -268,7 +272,7 @@ class AdapterPool:
         config:
             Its config. Default: the learner's, or the one that the adapter has.
         """
-        with self._told(name), self._turn():
+        with self._refusals_logged(name), self._turn():
             member = self._members[name]
             if isinstance(state_dict, torch.nn.Module):
                 packed, learned = of_learner(state_dict, config, member, self._room, self._pack)
@@ -286,15 +290,14 @@ class AdapterPool:
                 journal.set_attribute(member, "version", member.version + 1)
                 journal.set_attribute(member, "learned", learned)
 
-            in_model = is_used(self._room, member)
+            in_model = snapshot.is_used(self._room, member)
             with self._writing() if in_model else self._members.lock:
                 if self._members.get(name) is not member:
                     raise refused("not_in_pool", name=name, found="another thread has removed or replaced it meanwhile")
                 if in_model:  # at its present strength
-                    previous = snapshot(self._room, self._members)
-                    change = change_to_snapshot(
-                        self._room, with_current_weights(self._room, self._members, previous, {member: packed})
-                    )
+                    previous = snapshot.take(self._room, self._members)
+                    current = snapshot.with_current_weights(self._room, self._members, previous, {member: packed})
+                    change = snapshot.change_to(self._room, current)
                 else:
                     change = begin_change(self._room.slot)
                 unneeded = self._members.without_room(member, packed, updated=True)
@@ -321,24 +324,26 @@ class AdapterPool:
         member.notes = plan.notes
         sources += [
             (target, source)
-            for each in plan.layers
-            for target, source in zip(each.layer.tensors, each.sources, strict=True)
+            for layer_plan in plan.layers
+            for target, source in zip(layer_plan.layer.tensors, layer_plan.sources, strict=True)
             if source is not None
         ]
         if slot is not self._room.slot:
             # like after loading: PEFT adds a classifier's names to the given ones
             plan.config.modules_to_save, plan.config.task_type = [*self._room.slot.config.modules_to_save], task_type
         vars(plan.config)[ORIGIN] = origin
-        return self._room.pack(State(tuple([each.settings for each in plan.layers]), plan.config, member), sources)
+        settings = tuple([layer_plan.settings for layer_plan in plan.layers])
+        return self._room.pack(State(settings, plan.config, member), sources)
 
     def _check_base_weights(self, adapter: Adapter, name: str) -> None:
         """Refuse an adapter with base weights in its file while these may be what PEFT has put into the model.
 
-        The base model, which is what ``off`` and a row without an adapter mean, and all other adapters would have them.
+        The base model, which ``off`` and rows without an adapter compute, and all other adapters would have them.
         """
         host = self._room.slot.host
-        if (found := base_weights_in(host.base, adapter)) and ANY in lost_originals(host, self.adapter_name):
-            raise refused("base_weights_unknown", name=name, found=listing(sorted(found), 3))
+        paths = base_weights_in(host.base, adapter)
+        if paths and ANY in lost_originals(host, self.adapter_name):
+            raise refused("base_weights_unknown", name=name, found=listing(sorted(paths), 3))
 
     # ---- adapters in and out of the model
 
@@ -376,7 +381,7 @@ class AdapterPool:
                     change.steps += steps
                     apply([change], log=self._log_swap)
         except HotswapError:
-            with self._told(name):  # only here, because entering it takes time
+            with self._refusals_logged(name):  # only here, because entering it takes time
                 raise
 
     def off(self) -> None:
@@ -405,7 +410,7 @@ class AdapterPool:
         copies, order:
             How often a batch repeats each row, and how: ``"tile"``, as ``torch.cat([x, x])`` does (ABAB), or
             ``"interleave"``, as ``torch.repeat_interleave`` does (AABB). A model that is not compiled needs them
-            only where nothing else tells the order: ``generate`` of transformers tells that of ``num_beams``,
+            only where the order is not known: ``generate`` of transformers has that of ``num_beams``,
             ``num_return_sequences`` and MusicGen's guidance, and diffusers' pipelines tile. With diffusers'
             ``num_images_per_prompt``, assign one row for each picture. A compiled model takes both for constants, and
             computes no other batches.
@@ -446,24 +451,24 @@ class AdapterPool:
             raise refused("copies_without_order", copies=copies, order=order)
         if len(strengths) != count:
             raise refused("strengths_of_others", strengths=len(strengths), rows=count)
-        with self._told(adapters), self._turn():
+        with self._refusals_logged(adapters), self._turn():
             self._all_packed(adapters)  # which may take long
             with self._writing():
                 for strength in strengths:
                     check_strength(strength, room.slot)
                 packed = self._all_packed(adapters)
-                rows = [each and room.at_strength(each, by) for each, by in zip(packed, strengths, strict=True)]
+                rows = [own and room.at_strength(own, by) for own, by in zip(packed, strengths, strict=True)]
                 is_tiled = order == "tile" or (order is None and room.batch.is_tiled)
-                change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(each=copies))
+                change = room.change_rows(rows, Copies(copies) if is_tiled else Copies(repeats=copies))
                 change.steps += steps
                 apply([change], log=self._log_swap)
 
     def _all_packed(self, adapters: Sequence[Wanted]) -> list[Packed | None]:
-        names = [tuple(each.items()) if isinstance(each, Mapping) else each for each in adapters]
+        keys = [tuple(wanted.items()) if isinstance(wanted, Mapping) else wanted for wanted in adapters]
         # each mix once: rows with the same one are equal, which any model can compute
-        wanted = dict(zip(names, adapters, strict=True))
-        packed = {name: None if each is None else self._packed(each) for name, each in wanted.items()}
-        return [packed[name] for name in names]
+        by_key = dict(zip(keys, adapters, strict=True))
+        packed = {key: None if wanted is None else self._packed(wanted) for key, wanted in by_key.items()}
+        return [packed[key] for key in keys]
 
     def _packed(self, name: str | Mapping[str, float]) -> Packed:
         """An adapter or a mix, ready to be written."""
@@ -472,14 +477,14 @@ class AdapterPool:
         if not name:
             raise refused("mix_of_nothing")
         self._check_room()
-        if found := self._room.slot.method.not_scaled(self._room.slot):
-            raise refused("no_mix", names=[*name], found=found)
+        if reason := self._room.slot.method.not_scaled(self._room.slot):
+            raise refused("no_mix", names=[*name], found=reason)
         for weight in name.values():
             check_strength(weight, self._room.slot)
-        shares = [(self._members[each], float(weight)) for each, weight in name.items()]
-        return weights_of(self._room, self._members, Mix(tuple(shares)))
+        shares = [(self._members[share], float(weight)) for share, weight in name.items()]
+        return snapshot.weights_of(self._room, self._members, Mix(tuple(shares)))
 
-    # ---- the adapter that was there before
+    # ---- blocks, which restore the previous adapter
 
     def using(self, name: str | Mapping[str, float], strength: float = 1.0) -> Block[AdapterPool]:
         """Activate an adapter inside a block; restore the previous one on exit, even after an error.
@@ -491,7 +496,7 @@ class AdapterPool:
 
         Blocks may be nested. Any thread may end a block, so a generator may yield inside, and a server may step it in
         several threads. While it sleeps, other code is outside of its block, also in the same thread: computing is
-        allowed there, and a swap waits. Where nobody else could end the block meanwhile, the swap is refused. This
+        allowed there, and a swap waits. Where no other code could end the block meanwhile, the swap is refused. This
         includes the code that steps the generator, and a test whose pytest fixture yields inside. To stream from a
         server, prefer an ``async def`` generator, which takes no thread to wait. A generator that is closed while
         others compute doesn't wait: the next block puts the previous adapter back before anything else.
@@ -504,9 +509,9 @@ class AdapterPool:
         Raises
         ------
         HotswapError
-            As :meth:`swap`; if the model is in shared memory, since no other process would wait for the block; if this
+            As :meth:`swap`; if the model is in shared memory, because no other process waits for the block; if this
             would wait for a block that can't end meanwhile; or at the end, if a block inside of this one is still open.
-            The end of that one then puts back what was in the model before both.
+            The end of that one then restores the adapter from before both.
 
         Examples
         --------
@@ -528,32 +533,32 @@ class AdapterPool:
     def assigned(
         self, adapters: Sequence[Wanted], strengths: Strengths = None, *, copies: int = 1, order: Order = None
     ) -> Block[AdapterPool]:
-        """:meth:`assign` for the length of a block, ``with`` or ``async with``; then the previous ones are back."""
+        """:meth:`assign` inside a block, ``with`` or ``async with``; restore the previous adapters on exit."""
         put_in = lambda step: self._assign(adapters, strengths, copies, order, step)  # noqa: E731
         return self._block(adapters, put_in, f"leaves {adapters!r} in the model")
 
-    def _block(self, adapters: Sequence[Wanted], put_in: Callable[[Step], None], what: str) -> Block[AdapterPool]:
-        """A block that puts adapters in, and at its end what was in the model before."""
+    def _block(self, adapters: Sequence[Wanted], put_in: Callable[[Step], None], failure: str) -> Block[AdapterPool]:
+        """A block that puts adapters in, and the previous ones at its end."""
 
         def begin(back: list[Callable[[], object]]) -> AdapterPool:
             if any(is_shared(band.memory) for band in self._room.bands):  # other processes may see what is written
                 raise refused("block_in_shared_memory")
             self._check_room()
-            previous = snapshot(self._room, self._members)
+            previous = snapshot.take(self._room, self._members)
             put_in(lambda journal: back.append(lambda: self._put_back(previous)))
             return self
 
-        def dropped() -> list[Callable[[], object]]:
-            names = [name for each in adapters for name in ([each] if isinstance(each, str) else each or ())]
+        def read_dropped() -> list[Callable[[], object]]:
+            names = [name for wanted in adapters for name in ([wanted] if isinstance(wanted, str) else wanted or ())]
             members = filter(None, map(self._members.get, names))
-            return [partial(self._members.packed, each) for each in members if each.packed is None]
+            return [partial(self._members.packed, member) for member in members if member.packed is None]
 
-        return Block(self._room.slot.host.base, begin, what, dropped, partial(self._told, adapters))
+        return Block(self._room.slot.host.base, begin, failure, read_dropped, partial(self._refusals_logged, adapters))
 
     def _put_back(self, previous: Packed) -> None:
-        packed = with_current_weights(self._room, self._members, previous)
+        packed = snapshot.with_current_weights(self._room, self._members, previous)
         with self._writing():
-            apply([change_to_snapshot(self._room, packed)], log=self._log_swap)
+            apply([snapshot.change_to(self._room, packed)], log=self._log_swap)
 
     # ---- turns
 
@@ -589,7 +594,7 @@ class AdapterPool:
     def table(self) -> list[tuple[str, ...]]:
         """One line for each adapter: name, rank, alpha, layers, bytes, and whether it is active, or its weight."""
         notes = {name: f"{weight:g} of the mix" for name, weight in (self.mix or {}).items()} or {self.active: "active"}
-        return [(*each.row, notes.get(each.name, "")) for each in list(self._members.values())]
+        return [(*member.row, notes.get(member.name, "")) for member in list(self._members.values())]
 
     @property
     def summary(self) -> str:
@@ -599,13 +604,13 @@ class AdapterPool:
         return f"{names}, {self.nbytes:,} bytes packed, room of {self._room.nbytes:,} bytes{rows}"
 
     def __str__(self) -> str:
-        table, notes = shown_of(self.table, self._members)
+        table, notes = lines_and_notes(self.table, self._members)
         return "\n".join([f"AdapterPool: {self.summary}", *text_table(self.COLUMNS, table), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        table, notes = shown_of(self.table, self._members)
+        table, notes = lines_and_notes(self.table, self._members)
         return html_table("AdapterPool", self.COLUMNS, table, caption=self.summary, notes=notes)
 
 

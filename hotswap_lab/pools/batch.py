@@ -15,18 +15,16 @@ import torch
 from ..core.errors import HotswapError, refused
 from ..core.journal import Journal
 from .copies import ONCE, Copies, copies_in_generate
-from .proof import FLAG, Probe, batch_name, given_inputs, given_tensors, kind_of, prove, size_of
+from .proof import FLAG, Probe, all_inputs, batch_name, kind_of, prove, size_of, tensor_inputs
 
 #: the number in place of an entry's, where only a part of the model is called
 PART = -1
-
-
 #: a module's tables of hooks
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_always_called")
 
 
 class Local(threading.local):
-    """What a thread's call of the model is about."""
+    """The state of a thread's call of the model."""
 
     #: the number of the entry that was called; None outside of a call
     outer: int | None = None
@@ -84,13 +82,14 @@ class Batch:
         """In a graph: the number of rows in the first axis of a layer's input, and the length of the block of each."""
         total = self.total or length
         count = total // self.copies.count
-        return count, self.copies.each if length == total else length // (count * self.copies.all)
+        return count, self.copies.repeats if length == total else length // (count * self.copies.tiles)
 
     def times_of(self, length: int) -> int:
         """How often the first axis of a layer's input, of this length, has all rows, outside of a graph."""
-        if (now := self.local.copies) is None:  # outside of a call of the model, or after a break in a graph
-            return self._copies_of(length).all
-        return now.all if length % (now.all * self.size) == 0 else 1
+        copies = self.local.copies
+        if copies is None:  # outside of a call of the model, or after a break in a graph
+            return self._copies_of(length).tiles
+        return copies.tiles if length % (copies.tiles * self.size) == 0 else 1
 
     # ---- calls of the model
 
@@ -145,8 +144,8 @@ class Batch:
             self._refuse_batch(total, ONCE)
         if not self.differs:
             return ONCE
-        if found := copies_in_generate(self.room.slot.host.base, size, total):
-            return found
+        if copies := copies_in_generate(self.room.slot.host.base, size, total):
+            return copies
         if count in (1, self.copies.count):
             return self.copies if count > 1 else ONCE
         if self.is_tiled:
@@ -178,8 +177,8 @@ class Batch:
         if self.room is None:
             return False
         (table, place), layer = self.place, self.room.slot.layers[0].module
-        now, variant = table.get(place), layer.lora_variant.get(self.room.slot.adapter_name)
-        is_there = now is layer or (now is not None and layer in now.modules())  # as it is, or compiled since
+        module, variant = table.get(place), layer.lora_variant.get(self.room.slot.adapter_name)
+        is_there = module is layer or (module is not None and layer in module.modules())  # as it is, or compiled since
         return not is_there or getattr(variant, "batch", None) is not self
 
     @property
@@ -188,41 +187,41 @@ class Batch:
         return not self._is_gone and name in layer.active_adapters and not layer.disable_adapters
 
     def _check_proof(self, number: int, arguments: tuple[Any, ...], named: Mapping[str, Any], in_graph: bool) -> None:
-        given = given_inputs(arguments, named)
-        kinds = {name: kind_of(each) for name, each in given.items()}
-        # the kinds that a graph can tell apart
-        told = [name for name, each in given.items() if isinstance(each, (torch.Tensor, *FLAG))]
+        inputs = all_inputs(arguments, named)
+        kinds = {name: kind_of(value) for name, value in inputs.items()}
+        in_graphs = [name for name, value in inputs.items() if isinstance(value, (torch.Tensor, *FLAG))]
         copies = self.local.copies or ONCE
-        direct = copies, number, frozenset((name, kinds[name]) for name in told)
+        direct = copies, number, frozenset((name, kinds[name]) for name in in_graphs)
         key = direct if in_graph else (copies, number, frozenset(kinds.items()))
         proven = self.proven.get(key, frozenset())
-        if copies.all == 1:  # where rows are kept apart, blocks of them are; blocks don't show it of the rows in them
+        if copies.tiles == 1:  # where rows are kept apart, blocks of them are; blocks don't show it of the rows in them
             proven |= self.proven.get((ONCE, *key[1:]), frozenset())
         if self.acting <= proven:
             return
         layers = self.acting | proven
-        if prove(self, self.entries[number], arguments, named, layers):
+        called, holds_for_others = prove(self, self.entries[number], arguments, named, layers)
+        if holds_for_others:
             self.proven[key] = self.proven[direct] = layers
-            self.shown |= layers
+            self.shown |= called
 
-    def _refuse_batch(self, batch: int, copies: Copies, found: Copies = ONCE) -> None:
+    def _refuse_batch(self, batch: int, expected: Copies, found: Copies = ONCE) -> None:
         if self.size:
-            raise refused("batch_of_other_size", batch=batch, found=found, size=self.size, copies=copies)
-        raise refused("batch_above_rows", batch=batch, rows=self.rows, copies=copies)
+            raise refused("batch_of_other_size", batch=batch, found=found, size=self.size, copies=expected)
+        raise refused("batch_above_rows", batch=batch, rows=self.rows, copies=expected)
 
     # ---- in a graph
 
     def _trace(self, number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        given = given_tensors(arguments, named)
-        if not given:
+        tensors = tensor_inputs(arguments, named)
+        if not tensors:
             return None
-        self.total = given[name := batch_name(given)].shape[0]
+        name = batch_name(tensors)
+        self.total = tensors[name].shape[0]
         if torch.compiler.is_exporting():  # another process has another batch: it is checked where the code is called
             return None
-        flags = repr({name: each for name, each in given_inputs(arguments, named).items() if isinstance(each, FLAG)})
-        checked = checked_inputs(
-            given[name], list(given.values()), ",".join(given), flags, self.number, number, self.total, [*self.copies]
-        )
+        flags = repr({key: value for key, value in all_inputs(arguments, named).items() if isinstance(value, FLAG)})
+        names, values = ",".join(tensors), list(tensors.values())
+        checked = checked_inputs(tensors[name], values, names, flags, self.number, number, self.total, [*self.copies])
         if name.isdigit():
             position = int(name)
             return (*arguments[:position], checked, *arguments[position + 1 :]), named
@@ -234,7 +233,7 @@ class Batch:
             return scaling
         return checked_inputs(scaling, [], "", "{}", self.number, PART, length, [*self.copies])
 
-    def check_in_graph(self, given: dict[str, Any], number: int, total: int, copies: Copies) -> None:
+    def check_in_graph(self, inputs: dict[str, Any], number: int, total: int, copies: Copies) -> None:
         """Check at run time what a graph can't: it takes sizes for constants or leaves them open."""
         if not self._is_active:
             return
@@ -243,16 +242,17 @@ class Batch:
         self.room.check_rows()
         if not self.differs:
             return
-        if (now := self.local.copies or self._copies_of(total)) != copies:
-            self._refuse_batch(total, copies, now)
+        copies_now = self.local.copies or self._copies_of(total)
+        if copies_now != copies:
+            self._refuse_batch(total, copies, copies_now)
         if number == PART:
             self.check_part()
         else:
-            count = max((int(name) + 1 for name in given if name.isdigit()), default=0)
+            count = max((int(name) + 1 for name in inputs if name.isdigit()), default=0)
             # a number, which a graph takes for a constant, is missing here: a model that needs it raises
-            arguments = tuple(given.get(str(position), ...) for position in range(count))
-            named = {name: each for name, each in given.items() if not name.isdigit()}
-            self.local.copies = now
+            arguments = tuple(inputs.get(str(position), ...) for position in range(count))
+            named = {name: value for name, value in inputs.items() if not name.isdigit()}
+            self.local.copies = copies_now
             try:
                 self._check_proof(number, arguments, named, True)
             except HotswapError:
@@ -266,7 +266,7 @@ class Batch:
 @torch.library.custom_op("hotswap_lab::checked_inputs", mutates_args=())
 def checked_inputs(
     first: torch.Tensor,
-    given: list[torch.Tensor],
+    tensors: list[torch.Tensor],
     names: str,
     flags: str,
     number: int,
@@ -276,7 +276,7 @@ def checked_inputs(
 ) -> torch.Tensor:
     """Check that the batch is made of the assigned rows, and these are proven; return a copy of an input, ``first``."""
     if (batch := Batch.known.get(number)) is not None:
-        inputs = dict(zip(names.split(","), given, strict=False)) | ast.literal_eval(flags)
+        inputs = dict(zip(names.split(","), tensors, strict=False)) | ast.literal_eval(flags)
         batch.check_in_graph(inputs, entry, total, Copies(*copies))
     return first.clone()
 
@@ -286,10 +286,10 @@ def _(first: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(first)
 
 
-def _count_given(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.given = len(inputs[1])
+def _count_tensors(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.tensors = len(inputs[1])
 
 
 checked_inputs.register_autograd(
-    lambda ctx, gradient: (gradient, [None] * ctx.given, *[None] * 6), setup_context=_count_given
+    lambda ctx, gradient: (gradient, [None] * ctx.tensors, *[None] * 6), setup_context=_count_tensors
 )

@@ -17,20 +17,20 @@ from ..core.errors import refused
 
 
 class Copies(NamedTuple):
-    """How a batch repeats its rows: ``all`` times the whole of them (``torch.tile``), within these ``each`` times each
-    row (``torch.repeat_interleave``). Rows A and B are ABAB with ``Copies(2, 1)``, and AABB with ``Copies(1, 2)``.
+    """How a batch repeats its rows: ``tiles`` times the whole of them (``torch.tile``), within these ``repeats`` times
+    each row (``torch.repeat_interleave``). Rows A and B are ABAB with ``Copies(2, 1)``, and AABB with ``Copies(1, 2)``.
     """
 
-    all: int = 1
-    each: int = 1
+    tiles: int = 1
+    repeats: int = 1
 
     @property
     def count(self) -> int:
         """The number of times that a batch has each row."""
-        return self.all * self.each
+        return self.tiles * self.repeats
 
     def __str__(self) -> str:
-        orders = (self.each, "interleave"), (self.all, "tile")
+        orders = (self.repeats, "interleave"), (self.tiles, "tile")
         return "".join([f", {number} times in order {order!r}" for number, order in orders if number > 1])
 
 
@@ -40,28 +40,30 @@ ONCE = Copies()
 def copies_in_generate(base: torch.nn.Module, size: int, total: int) -> Copies | None:
     """How the innermost running ``generate`` of transformers has repeated ``size`` rows to a batch of ``total``.
 
-    None if it calls ``base`` with other rows, or there is none. Refuses rows that would be the beams of one prompt.
+    None if none is running, or if it calls ``base`` with other rows. Refuses rows that are the beams of one prompt.
     """
     frame: Any = sys._getframe(1)
-    own, earlier = {}, 1
+    generate: dict[str, Any] = {}  # the local variables of the innermost one
+    earlier, has_guidance = 1, False
     while frame:
-        module, found = frame.f_globals.get("__name__"), frame.f_locals if frame.f_code.co_name == "generate" else {}
-        if not own and found and module in compat.GENERATES:
-            own, has_guidance = found, compat.GENERATES[module]
-        elif own and found and module in compat.REPEATS and found.get("self") is own["self"]:
-            earlier = found.get(compat.REPEATS[module]) or 1
+        module = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "generate":
+            if not generate and module in compat.GENERATES:
+                generate, has_guidance = frame.f_locals, compat.GENERATES[module]
+            elif generate and module in compat.REPEATS and frame.f_locals.get("self") is generate["self"]:
+                earlier = frame.f_locals.get(compat.REPEATS[module]) or 1
         frame = frame.f_back
-    if not own or not any(each is base for each in own["self"].modules()):
+    if not generate or not any(module is base for module in generate["self"].modules()):
         return None
-    given, expanded = (own.get(name) for name in compat.EXPANDED)
+    given, expanded = (generate.get(name) for name in compat.EXPANDED)
     if given is None or expanded is None:  # the encoder is called before the batch is expanded
         return Copies(1, earlier) if total == earlier * size else None
-    guidance = own["model_kwargs"].get("guidance_scale") if has_guidance else None
-    times = 2 if guidance is not None and guidance > 1 else 1
-    if len(expanded) * times != total:
+    guidance = generate["model_kwargs"].get("guidance_scale") if has_guidance else None
+    tiles = 2 if guidance is not None and guidance > 1 else 1
+    if len(expanded) * tiles != total:
         return None  # other rows
     if earlier * size == len(given):
-        return Copies(times, len(expanded) // size)
-    if own["generation_config"].num_beams > 1:  # each has the memory of others
+        return Copies(tiles, len(expanded) // size)
+    if generate["generation_config"].num_beams > 1:  # each has the memory of others
         raise refused("beams_of_rows", size=size, given=len(given))
     return None

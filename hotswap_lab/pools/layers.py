@@ -1,4 +1,4 @@
-"""LoRA layers that compute with another adapter in each row of a batch.
+"""LoRA layers that compute with a different adapter in each row of a batch.
 
 ``lora_A`` is ``[rows, rank, in]`` and ``lora_B`` is ``[rows, rank, out]``; each row of a batch is multiplied with its
 own. The layers call this code as a variant of LoRA, which is PEFT's interface for that. A layer's input holds the rows
@@ -63,7 +63,7 @@ class RowVariant(LoraVariant):
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         # pruning, for one, takes parameters out of their tables; a graph reads the pool's memory alone
-        if not torch.compiler.is_compiling() and any(each.name not in each.owner._parameters for each in self.tensors):
+        if not torch.compiler.is_compiling() and any(t.name not in t.owner._parameters for t in self.tensors):
             raise refused("rows_lost_their_place", adapter_name=active_adapter)
         if torch.is_grad_enabled() and self.tensors[0].parameter.requires_grad:
             raise refused("rows_not_trained", adapter_name=active_adapter, found=TRAINED)
@@ -71,15 +71,15 @@ class RowVariant(LoraVariant):
         strength = module.scaling[active_adapter] / own.trained
         batch, repeats = self.batch, 1
         if torch.compiler.is_compiling():
-            repeats = batch.copies.all
+            repeats = batch.copies.tiles
             count, block = batch.blocks_of(x.shape[0])
             if count > batch.rows:  # this graph never gets past the check
                 return result * strength.sum()
             a, b, scaling = own.a[:count], own.b[:count], own.own[:count] * strength
             if self.is_gate:
                 scaling = batch.checked_part(scaling, x.shape[0])
-        elif (found := self._now(active_adapter, x, strength)) is not None:
-            a, b, scaling = found
+        elif (weights := self._current(active_adapter, x, strength)) is not None:
+            a, b, scaling = weights
             count = len(scaling)
             repeats = batch.times_of(x.shape[0]) if count > 1 else 1
             block, rest = divmod(x.shape[0], count * repeats)
@@ -107,7 +107,7 @@ class RowVariant(LoraVariant):
             raise refused("rows_not_exportable")
         return SimpleNamespace(**{name: module._buffers[buffer] for name, buffer in READ.items()})
 
-    def _now(
+    def _current(
         self, active_adapter: str, x: torch.Tensor, strength: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The weights and scalings of all rows, outside of a graph; None if no row has an adapter on the layer."""
@@ -117,7 +117,7 @@ class RowVariant(LoraVariant):
         if batch.size and first.data_ptr() != self.a.data_ptr():
             raise refused("rows_lost_their_place", adapter_name=active_adapter)
         if not batch.differs:  # PEFT's parameters are row 0, wherever they are
-            a, b = (each.parameter.movedim(each.rank_axis or 0, 0)[None] for each in self.tensors)
+            a, b = (tensor.parameter.movedim(tensor.rank_axis or 0, 0)[None] for tensor in self.tensors)
             return a, b.flatten(2), self.own[:1] * strength
         batch.check_part()
         rows = slice(batch.size)
@@ -159,12 +159,12 @@ class RowEmbedding(RowVariant):
 
 
 class RowConv2d(RowVariant):
-    """A :class:`RowVariant` for a convolution: the patch that it sees at each position is one vector."""
+    """A :class:`RowVariant` for a convolution: the input patch at each position is one vector."""
 
     def times_a(self, module: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         conv = module.get_base_layer()
-        seen = F.unfold(x.flatten(0, 1), conv.kernel_size, padding=conv.padding, stride=conv.stride)
-        return super().times_a(module, seen.transpose(1, 2).unflatten(0, x.shape[:2]), a.flatten(2))
+        patches = F.unfold(x.flatten(0, 1), conv.kernel_size, padding=conv.padding, stride=conv.stride)
+        return super().times_a(module, patches.transpose(1, 2).unflatten(0, x.shape[:2]), a.flatten(2))
 
     def like_result(self, module: Any, delta: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         return delta.transpose(1, 2).reshape(result.shape)
@@ -174,12 +174,14 @@ KINDS: dict[type, type[RowVariant]] = {Linear: RowVariant, Embedding: RowEmbeddi
 
 
 def variant_for(layer: Any, path: str) -> type[RowVariant]:
-    """The variant with which a layer computes row by row; refuses layers that can't."""
+    """The variant for a layer's rows; refuses layers that can't compute row by row."""
     base = layer.get_base_layer()
-    plain = getattr(base, "groups", 1) == 1 and getattr(base, "padding_mode", "zeros") == "zeros"
+    is_plain = getattr(base, "groups", 1) == 1 and getattr(base, "padding_mode", "zeros") == "zeros"
     # PEFT's lora_A has no dilation; and unfold doesn't accept padding by a string such as "same"
-    plain = plain and set(getattr(base, "dilation", ())) <= {1} and not isinstance(getattr(base, "padding", 0), str)
-    found = next((variant for kind, variant in KINDS.items() if isinstance(layer, kind)), None)
-    if found is None or not plain or MIXED in path.split("."):
+    is_plain = (
+        is_plain and set(getattr(base, "dilation", ())) <= {1} and not isinstance(getattr(base, "padding", 0), str)
+    )
+    variants = [variant for kind, variant in KINDS.items() if isinstance(layer, kind)]
+    if not variants or not is_plain or MIXED in path.split("."):
         raise refused("no_rows_on_layer", path=path, kind=type(layer).__name__)
-    return found
+    return variants[0]

@@ -30,8 +30,8 @@ Pack = Callable[[Any, Adapter, bool], Packed]
 
 
 def slot_of(learner: torch.nn.Module, name: str) -> Slot:
-    """The slot of the adapter that a learner trains: the one called ``name``, or else its only one."""
-    names = {each for host in carriers(learner) for each in host.configs}
+    """Return the slot of the adapter that a learner trains: the one called ``name``, or its only one."""
+    names = {adapter for host in carriers(learner) for adapter in host.configs}
     if len(names) > 1 and name not in names:
         raise refused("learner_has_others", name=name, names=listing(sorted(names)))
     own = names.pop() if len(names) == 1 else name
@@ -41,10 +41,11 @@ def slot_of(learner: torch.nn.Module, name: str) -> Slot:
 def of_learner(
     learner: torch.nn.Module, config: Config | None, member: Any, room: Room, pack: Pack
 ) -> tuple[Packed, Learned | None]:
-    """A learner's adapter, packed for a member of a pool, and a note of how, for the next time."""
+    """Pack a learner's adapter for a member of a pool. Also returns a note for the next time; None if it has to be
+    planned again then."""
     slot, known = slot_of(learner, member.name), member.learned
-    if known and config is None and (again := known.packed_again(slot, member.packed)):
-        return again, known
+    if known and config is None and (packed := known.packed_again(slot, member.packed)):
+        return packed, known
     tensors = saved_tensors(slot)
     check_saved(slot, tensors)
     packed = pack(member, Adapter.from_state_dict(tensors, config or slot.config), False)
@@ -53,7 +54,7 @@ def of_learner(
 
 def _state_of(slot: Slot) -> tuple[bytes | None, list[torch.Size]]:
     has_rows = slot.room is not None and slot.room.assigned  # its parameters are those of one row
-    return None if has_rows else fingerprint(slot.config), [each.shape for each in slot.parameters]
+    return None if has_rows else fingerprint(slot.config), [parameter.shape for parameter in slot.parameters]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +68,21 @@ class Learned:
 
     @classmethod
     def of(cls, slot: Slot, tensors: Mapping[str, torch.Tensor], room: Room, packed: Packed) -> Learned | None:
-        """A note of how a learner was packed; None if copies of its parameters would not come to the same."""
-        places = {key: each for layer in room.slot.layers for key, each in zip(layer.keys, layer.tensors, strict=True)}
-        keys, (key_of_config, shapes) = [key for layer in slot.layers for key in layer.keys], _state_of(slot)
-        is_whole = sorted(each.shape for each in tensors.values()) == sorted(shapes)  # no layer is off or padded
-        if not is_whole or key_of_config is None or not places.keys() >= {*keys}:
+        """A note of how a learner was packed; None if copies of its parameters would give a different result."""
+        layers = room.slot.layers
+        targets = {key: tensor for layer in layers for key, tensor in zip(layer.keys, layer.tensors, strict=True)}
+        keys, (config_key, shapes) = [key for layer in slot.layers for key in layer.keys], _state_of(slot)
+        is_whole = sorted(tensor.shape for tensor in tensors.values()) == sorted(shapes)  # no layer is off or padded
+        if not is_whole or config_key is None or not targets.keys() >= {*keys}:
             return None
 
         def side(bands: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-            found = zip([places[key] for key in keys], shapes, strict=True)
-            return tuple(bands), [room.view_in(bands, place, place.rank_of(shape)) for place, shape in found]
+            pairs = [(targets[key], shape) for key, shape in zip(keys, shapes, strict=True)]
+            return tuple(bands), [room.view_in(bands, target, target.rank_of(shape)) for target, shape in pairs]
 
         spare = [new_band(band.memory, len(own)) for band, own in zip(room.bands, packed.bands, strict=True)]
-        learned = cls(weakref.ref(slot), (key_of_config, shapes), [side(packed.bands), side(spare)])
-        if shapes != [each.shape for each in learned.sides[0][1]]:  # split by groups
+        learned = cls(weakref.ref(slot), (config_key, shapes), [side(packed.bands), side(spare)])
+        if shapes != [view.shape for view in learned.sides[0][1]]:  # split by groups
             return None
         again = learned.packed_again(slot, packed)
         if again is None or not all(map(torch.equal, again.bands, packed.bands)):
@@ -90,14 +92,14 @@ class Learned:
         return learned
 
     def packed_again(self, slot: Slot, packed: Packed) -> Packed | None:
-        """``packed`` with the learner's present weights; None if it has to be planned again."""
+        """Return ``packed`` with the learner's present weights; None if it has to be planned again."""
         if slot is not self.slot() or _state_of(slot) != self.state:
             return None
-        bands, targets = next(each for each in self.sides if each[0][0] is not packed.bands[0])
+        bands, targets = next(side for side in self.sides if side[0][0] is not packed.bands[0])
         # a GPU may still read this memory for an earlier update, and must have written it before it is checked
         wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
         with torch.inference_mode(False), torch.no_grad():
             wait()
-            copy_all(list(zip(targets, [each.detach() for each in slot.parameters], strict=True)))
+            copy_all(list(zip(targets, [parameter.detach() for parameter in slot.parameters], strict=True)))
             wait()
         return replace(packed, bands=bands) if all(map(is_finite, bands)) else None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from ..core.adapter import Adapter
 from ..core.change import Change, apply
 from ..core.errors import listing, refused
@@ -44,7 +46,13 @@ class Member:
     used: int = 0
 
     @property
+    def bands(self) -> tuple[torch.Tensor, ...] | None:
+        """Its weights; None while it is only in its files."""
+        return self.packed and self.packed.bands
+
+    @property
     def is_in_files(self) -> bool:
+        """Whether its files have its weights."""
         return self.source is not None and self.version == 1
 
     @property
@@ -81,7 +89,7 @@ class Members(dict[str, Member]):
 
     def __missing__(self, name: str) -> Member:
         near = get_close_matches(str(name), self)
-        names = map(repr, [*near, *(each for each in self if each not in near)])
+        names = map(repr, [*near, *(other for other in self if other not in near)])
         raise refused("not_in_pool", name=name, found=f"the names {listing(names) or '(none)'}")
 
     def add(self, name: str, source: object) -> None:
@@ -131,16 +139,16 @@ class Members(dict[str, Member]):
         """The members to drop, so that this one fits; refuses it if it never would. The caller must hold the lock."""
         if self.max_bytes is None:
             return []
-        others = [each for each in self.values() if each is not member]
+        others = [other for other in self.values() if other is not member]
         stays = updated or not member.is_in_files
-        fixed = packed.nbytes + sum(each.packed.nbytes for each in others if each.packed and not each.is_in_files)
-        droppable = sorted((each for each in others if each.is_in_files), key=lambda each: each.used)
+        fixed = packed.nbytes + sum(other.packed.nbytes for other in others if other.packed and not other.is_in_files)
+        droppable = sorted((other for other in others if other.is_in_files), key=lambda other: other.used)
         # each adapter must fit next to those that can't be dropped
-        needed = fixed + (max((each.nbytes for each in droppable), default=0) if stays else 0)
+        needed = fixed + (max((other.nbytes for other in droppable), default=0) if stays else 0)
         if needed > self.max_bytes:
             raise refused("pool_is_full", name=member.name, needed=needed, max_bytes=self.max_bytes)
-        in_memory = [each for each in droppable if each.packed is not None]
-        total, dropped = fixed + sum(each.nbytes for each in in_memory), []
+        in_memory = [other for other in droppable if other.packed is not None]
+        total, dropped = fixed + sum(other.nbytes for other in in_memory), []
         while total > self.max_bytes:
             dropped.append(in_memory.pop(0))
             total -= dropped[-1].nbytes
@@ -162,8 +170,8 @@ def check_named(adapters: object) -> None:
         raise refused("adapters_without_names", kind=type(adapters).__name__)
 
 
-def shown_of(table: list[tuple[str, ...]], members: Members) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The lines to print, and what is noted below them: of many adapters, those in use and the first ones."""
+def lines_and_notes(table: list[tuple[str, ...]], members: Members) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The lines to print and the notes below them: of many adapters, those in use and the first ones."""
     notes = [f"{member.name}: {note}" for member in list(members.values()) for note in member.notes]
     if (more := len(table) - SHOWN) > 0:
         table = sorted(table, key=lambda line: not line[-1])[:SHOWN]
@@ -179,14 +187,14 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _stamp_of(path: str | None, hub: Mapping[str, Any]) -> tuple[object, ...] | None:
-    """A value that changes when an adapter's folder is written to. None if the path is no folder."""
+    """A value that changes when an adapter's folder is written to. None if the path isn't a folder."""
     if path is None:
         return None
     folder = os.path.join(path, hub.get("subfolder") or "")
     try:
-        found = [each for each in os.scandir(folder) if each.name.startswith("adapter_") and each.is_file()]
-        return tuple(sorted((each.path, each.stat().st_mtime_ns, each.stat().st_size) for each in found))
-    except (OSError, ValueError) as error:  # of another kind than these, it must not look as if there were no folder
+        files = [file for file in os.scandir(folder) if file.name.startswith("adapter_") and file.is_file()]
+        return tuple(sorted((file.path, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    except (OSError, ValueError) as error:  # another error must not look like a missing folder
         if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         return None

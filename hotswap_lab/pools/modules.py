@@ -16,7 +16,7 @@ from ..core.tensors import SlotTensor
 
 
 def module_tensors(slot: Slot) -> list[SlotTensor]:
-    """The tensors of the whole modules that an adapter has: their parameters, and the buffers that are saved."""
+    """Return the tensors of the whole modules that an adapter has: their parameters, and the buffers that are saved."""
     tensors: list[SlotTensor] = []
     for path, module in modules_in(slot.host.base):
         if isinstance(module, ModulesToSaveWrapper) and slot.adapter_name in module.modules_to_save:
@@ -37,17 +37,17 @@ def taken_apart(
 ) -> tuple[Slot, Adapter, list[tuple[SlotTensor, torch.Tensor]]]:
     """The slot and the adapter as LoRA alone, and the values for the tensors of the whole modules."""
     slot = room.slot
-    found, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
-    if set(found) != set(expected):
-        raise refused("other_modules_to_save", name=member_name, found=found, expected=expected)
+    modules, expected = getattr(adapter.config, "modules_to_save", None) or (), slot.config.modules_to_save
+    if set(modules) != set(expected):
+        raise refused("other_modules_to_save", name=member_name, found=modules, expected=expected)
     tensors = {canonical_path(key): tensor for key, tensor in adapter.tensors.items()}
     sources = []
-    for each in room.spans.keys() - slot.tensors:
-        tensor = tensors.pop(each.key, None)
-        if tensor is None or tensor.shape != each.parameter.shape:
+    for target in room.spans.keys() - slot.tensors:
+        tensor, shape = tensors.pop(target.key, None), target.parameter.shape
+        if tensor is None or tensor.shape != shape:
             found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-            raise refused("module_differs", key=each.key, found=found, expected=tuple(each.parameter.shape))
-        sources.append((each, tensor))
+            raise refused("module_differs", key=target.key, found=found, expected=tuple(shape))
+        sources.append((target, tensor))
     host = dataclasses.replace(slot.host, configs={slot.adapter_name: _without_modules(slot.config)})
     left = {key: tensor for key, tensor in adapter.tensors.items() if canonical_path(key) in tensors}
     alone = dataclasses.replace(adapter, config=_without_modules(adapter.config), tensors=left)

@@ -31,7 +31,7 @@ from .copies import ONCE, Copies
 from .layers import READ, TRAINED, variant_for
 from .proof import name_of_like
 
-#: how many numbers of each tensor are looked at before a forward
+#: how many numbers of each tensor are compared before a forward
 FEW = 8
 #: the rank from which a compiled sum reads ``lora_B`` faster in PEFT's layout than one component after the other
 LONG = 16
@@ -106,7 +106,7 @@ class RowRoom(Room):
 
     @classmethod
     def new_scalings(cls, layers: int, device: torch.device) -> torch.Tensor:
-        """Zeros for the layers' scalings. The same memory goes on with those at strength 1, and those of each row."""
+        """Zeros for the layers' scalings. The same memory continues with those at strength 1, and those of each row."""
         return new_scalings((cls.rows + 2, layers, SCALING_STEP), device)[0]
 
     def patch_layers(self, slot: Slot, journal: Journal) -> None:
@@ -114,9 +114,9 @@ class RowRoom(Room):
         for band in self.bands:
             self._rows_of(band)[1:] = band.memory
         trained = self.scalings_of(self.state)
-        for each in self._all_scalings():
-            each[1] = trained
-            each[2:] = trained * self.state.acts
+        for scalings in self._all_scalings():
+            scalings[1] = trained
+            scalings[2:] = trained * self.state.acts
         self._note_write(journal)
         gates: dict[str, int] = {}
         for index, layer in enumerate(slot.layers):
@@ -124,7 +124,7 @@ class RowRoom(Room):
             variant = variant_for(layer.module, layer.path)
             (band, a), (_, b) = (self.spans[tensor] for tensor in layer.tensors[:2])
             memory = self._rows_of(band)
-            scalings = next(each for each in self._all_scalings() if each.device == memory.device)[:, index, 0]
+            scalings = next(x[:, index, 0] for x in self._all_scalings() if x.device == memory.device)
             weights = a.of_rows(memory), b.of_rows(memory).flatten(2)
             scaled = scalings[1:2], scalings[2:]
             own = variant(*weights, *scaled, layer.tensors[:2], self.batch, index, layer.path, is_gate)
@@ -149,9 +149,13 @@ class RowRoom(Room):
         """The memory of a band, ``[rows, numbers]``."""
         return _repeated(band.memory, self.rows)
 
+    def _bands_of(self, row: Packed | None) -> Sequence[torch.Tensor]:
+        """The weights of a row: zeros if it has no adapter, because 0 times an overflow would not be 0."""
+        return row.bands if row else [memory.new_zeros(()).expand_as(memory) for memory in self._memories]
+
     def _all_scalings(self) -> list[torch.Tensor]:
         """All scalings on each device, ``[2 + rows, layers, SCALING_STEP]``: the slot's, at strength 1, of each row."""
-        return [_repeated(each, self.rows + 2) for each in self.scalings]
+        return [_repeated(scalings, self.rows + 2) for scalings in self.scalings]
 
     def unpatch_layers(self, journal: Journal, is_lost: bool = False) -> None:
         """Make the layers compute with their own parameters again."""
@@ -170,17 +174,18 @@ class RowRoom(Room):
         """
         if self._parameters[0].data_ptr() != self._addresses_now()[0]:
             raise refused("rows_lost_their_place", adapter_name=self.slot.adapter_name)
-        states = [each.state for each in self.assigned if each] if self.slot.host.base.training else []
-        if any(dropout for state in states for dropout in state.columns["dropout"]):
+        rows = self.assigned if self.slot.host.base.training else ()
+        if any(any(row.state.columns["dropout"]) for row in rows if row):
             raise refused("rows_not_trained", adapter_name=self.slot.adapter_name, found="dropout, in training mode")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # nothing can be read while CUDA records a graph, and when it replays one, no Python runs
-        others = [self._rows_of(band)[1] for band in self.bands]
-        parts = getattr(self.assigned[0], "bands", ()) if self.assigned else others
+        expected = (
+            self._bands_of(self.assigned[0]) if self.assigned else [self._rows_of(band)[1] for band in self.bands]
+        )
         versions = self._versions_now()
-        for memory, part, few in zip(self._memories, parts, self.few, strict=False):
+        for memory, own, few in zip(self._memories, expected, self.few, strict=True):
             at = few if versions == self._versions else slice(None)
-            if not torch.equal(memory[at], part[at].to(memory.device)):
+            if not torch.equal(memory[at], own[at].to(memory.device)):
                 raise refused("rows_written_by_others", adapter_name=self.slot.adapter_name)
         self._versions = versions  # if it moved, the same values were written again, or restored
 
@@ -190,10 +195,9 @@ class RowRoom(Room):
         """The scalings of all layers; nonzero also where the adapter is off, since they are a factor of all rows."""
         scalings = super().scalings_of(state, strength)
         if (off := state.scalings == 0).any():  # the scaling that set_scale(1) would give it
-            tables = [settings_of(each.module, self.slot.adapter_name) for each in self.slot.layers]
-            kept = [each or live for each, live in zip(state.settings, tables, strict=True)]
-            trained = torch.tensor([each.scaling or 1.0 for each in kept], dtype=torch.float64, device="cpu")
-            scalings[:, 0] += off * trained * strength
+            live = [settings_of(layer.module, self.slot.adapter_name) for layer in self.slot.layers]
+            trained = [(own or kept).scaling or 1.0 for own, kept in zip(state.settings, live, strict=True)]
+            scalings[:, 0] += off * torch.tensor(trained, dtype=torch.float64, device="cpu") * strength
         return scalings
 
     def at_strength(self, packed: Packed, strength: float) -> Packed:
@@ -218,10 +222,10 @@ class RowRoom(Room):
     def _for_all(self, change: Change, state: State) -> Change:
         """Extend a change of row 0's scalings to all other rows."""
         trained = self.scalings_of(state)
-        for each in self._all_scalings():
-            write_packed_scalings(change, [each[1]], trained)
-            write_packed_scalings(change, [each[2:]], trained * state.acts)
-        return self._noting(change, ())
+        for scalings in self._all_scalings():
+            write_packed_scalings(change, [scalings[1]], trained)
+            write_packed_scalings(change, [scalings[2:]], trained * state.acts)
+        return self._with_record(change, ())
 
     def write(self, layer: SlotLayer, rank: int | None, sources: Sequence[torch.Tensor | None], change: Change) -> None:
         for tensor, source in zip(layer.tensors, sources, strict=True):
@@ -239,51 +243,48 @@ class RowRoom(Room):
 
         A row that has it already is not written again, but for row 0, which other code may have written to.
         """
-        bands = [each and each.bands for each in rows]
-        before = [each and each.bands for each in self.assigned]
-        changed = [n for n, own in enumerate(bands) if n >= len(before) or own is not before[n]]
         first = rows[0]
         state = self.state if first is None else first.state
-        now, trained = self.scalings_of(state, strength), self.scalings_of(state)
+        bands = [row and row.bands for row in rows]
+        previous = [row and row.bands for row in self.assigned]
+        changed = [n for n, own in enumerate(bands) if n >= len(previous) or own is not previous[n]]
         if first is not None and 0 in changed:
             change = self._change(state, None, list(map(len, first.bands)))
         else:
             change = begin_change(self.slot)
             change.steps.append(self._note_write)
         for number in {0, *changed}:
-            memories = [self._rows_of(band)[number] for band in self.bands]
-            # where there is none, too: 0 times what was there before is no number if that overflows
-            own = bands[number] or [each.new_zeros(()).expand_as(each) for each in memories]
-            change.copies += zip(memories, own, strict=True)
-        acting = [torch.zeros_like(trained) if each is None else each.scalings * each.state.acts for each in rows]
-        scalings = torch.stack([now, trained, *acting])
-        targets = [each[: len(scalings)] for each in self._all_scalings()]
-        write_packed_scalings(change, targets, scalings)
-        return self._noting(change, tuple(rows), copies)
+            targets = [self._rows_of(band)[number] for band in self.bands]
+            change.copies += zip(targets, self._bands_of(rows[number]), strict=True)
+        trained = self.scalings_of(state)
+        own = [row.scalings * row.state.acts if row else torch.zeros_like(trained) for row in rows]
+        scalings = torch.stack([self.scalings_of(state, strength), trained, *own])
+        write_packed_scalings(change, [table[: len(scalings)] for table in self._all_scalings()], scalings)
+        return self._with_record(change, tuple(rows), copies)
 
-    def _noting(self, change: Change, rows: tuple[Packed | None, ...], copies: Copies = ONCE) -> Change:
-        states = [row.state for row in rows if row is not None]
-        acting = sum(((each.scalings != 0) for each in states), torch.zeros_like(self.state.scalings, dtype=torch.bool))
+    def _with_record(self, change: Change, rows: tuple[Packed | None, ...], copies: Copies = ONCE) -> Change:
+        """Add a step to a change that records the rows."""
+        acting = {index for row in rows if row for index in row.state.scalings.nonzero().flatten().tolist()}
         contents = {row and (id(row.bands), *row.scalings[:, 0].tolist()) for row in rows}
 
-        def note(journal: Journal) -> None:
+        def record(journal: Journal) -> None:
             journal.set_attribute(self, "assigned", rows)
             journal.set_item(vars(self.slot.config), WHEN, time.time())
             journal.set_attribute(self.batch, "copies", copies)
             journal.set_attribute(self.batch, "differs", len(contents) > 1)
-            journal.set_attribute(self.batch, "acting", frozenset(acting.nonzero().flatten().tolist()))
+            journal.set_attribute(self.batch, "acting", frozenset(acting))
 
-        change.steps.append(note)
+        change.steps.append(record)
         return change
 
 
 def _repeated(first: torch.Tensor, times: int) -> torch.Tensor:
-    """The whole of a larger memory, given the first of its ``times`` parts, which :class:`RowRoom` allocated."""
+    """All of a larger memory, by the first of its ``times`` parts, which :class:`RowRoom` allocated."""
     return first.as_strided((times, *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
 
 def _entries(slot: Slot) -> list[torch.nn.Module]:
-    """The base model, and the modules above the first list of layers, which some models call by themselves."""
+    """The base model, and the modules above the first list of layers, which some models call directly."""
     entries = {"": slot.host.base}
     for path in {layer.path for layer in slot.layers}:
         names = path.split(".")

@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hotswap_lab import AdapterPool, compat
+from hotswap_lab import AdapterPool, HotswapError, compat
 from hotswap_lab.pools.copies import ONCE, Copies
 
 SIZE = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
@@ -95,7 +95,7 @@ def test_chosen_and_rejected_answers(kind, folders, compiled, fresh_compiler):
             assert all((found[number] - other).abs().max() > 1e-3 for other in others)
         with pool.assigned(ROWS[:2]):
             assert pool._room.batch.copies == ONCE
-        assert pool._room.batch.copies == (Copies(2) if options is TILE else Copies(each=2))
+        assert pool._room.batch.copies == (Copies(2) if options is TILE else Copies(repeats=2))
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,31 @@ def test_music_in_a_call_of_the_decoder(tmp_path):
     for number, name in enumerate("ab"):
         own = slice(4 * number, 4 * number + 4)
         assert_same(found[own], loaded(MUSICGEN, folders, name).decoder(rows).logits[own])
+
+
+@pytest.mark.parametrize("is_encoded", [False, True])
+def test_music_in_a_call_with_both_kinds_of_tokens(tmp_path, is_encoded):
+    """The batch is that of the text; the logits have four entries for each row, and only they show the last layer."""
+    folders, rows, codes = family(MUSICGEN, tmp_path), ids(3), ids(12, 3)
+
+    def computed(model):
+        given = dict(input_ids=rows, decoder_input_ids=codes)
+        with torch.no_grad():
+            if is_encoded:
+                encoder = (model.get_base_model() if isinstance(model, PeftModel) else model).text_encoder
+                given["encoder_outputs"] = encoder(input_ids=rows)
+            return model(**given).logits.unflatten(0, (-1, 4))
+
+    pool = pool_for(MUSICGEN, folders)
+    pool.assign(ROWS)
+    found = computed(pool.model)
+    for number, name in enumerate(ROWS):
+        assert_same(found[number], computed(loaded(MUSICGEN, folders, name))[number])
+    last = pool.model.get_base_model().decoder.model.decoder.layers[-1]
+    last.activation_fn.register_forward_hook(lambda module, arguments, output: output.roll(1, 0))
+    pool._room.batch.proven.clear()
+    with pytest.raises(HotswapError, match="one another's adapter"):
+        computed(pool.model)
 
 
 # ---- what is known of `generate`

@@ -19,6 +19,7 @@ from hotswap_lab import (
     HotswapError,
     demo,
     hotswap_adapter_from_state_dict,
+    loaded,
     save_adapter,
     verify_hotswap,
 )
@@ -71,6 +72,49 @@ def test_a_mix_is_the_exact_sum_also_where_that_of_peft_is_not(tmp_path, first):
     wanted, ours, theirs = (call(model, LLAMA.inputs()) for model in (expected, mixed, peft.eval()))
     assert (ours - wanted).abs().max() < 1e-9
     assert ((theirs - wanted).abs().max() < 1e-9) == (first == "plain")
+
+
+def test_a_write_that_no_counter_shows(tmp_path):
+    """The pool compares the weights: it doesn't name them any more, and a block puts back those that were written."""
+    sources = {str(n): save_random_adapter(LLAMA, tmp_path / str(n), seed=n, **Q) for n in (1, 2)}
+    model = load(LLAMA, sources["1"])
+    pool = AdapterPool(model, adapters=sources, target_rank=8, progress=False)
+    written = next(module for module in model.modules() if hasattr(module, "lora_B")).lora_B["default"].weight
+    for owner, name in (({"1": 0.5, "2": 0.25}, None), ("2", "2")):
+        pool.swap(owner)
+        assert (pool.mix, pool.active) == (None if name else owner, name)
+        with pool.using("1"):
+            pass
+        assert (pool.mix, pool.active) == (None if name else owner, name)
+        written.data.mul_(1.5)
+        assert (pool.mix, pool.active) == (None, None)
+        assert "active" not in str(pool)
+        assert "mix" not in str(pool)
+        assert loaded(model)[0].source == "unknown"
+        expected = call(model, LLAMA.inputs())
+        for other in ("1", {"1": 1, "2": 1}):
+            with pool.using(other):
+                assert (pool.active or pool.mix) == other
+            assert torch.equal(call(model, LLAMA.inputs()), expected)
+        written.data.div_(1.5)  # the same values, but for their rounding
+        pool.swap(owner)
+        written.data.mul_(2).div_(2)
+        assert (pool.mix, pool.active) == (None if name else owner, name)
+
+
+def test_a_write_to_a_member_that_was_dropped(tmp_path):
+    sources = {str(n): save_random_adapter(LLAMA, tmp_path / str(n), seed=n, **Q) for n in (1, 2)}
+    model = load(LLAMA, sources["1"])
+    pool = AdapterPool(model, adapters=sources, target_rank=8, progress=False)
+    pool._members.max_bytes = pool._members["1"].nbytes
+    pool.swap("1")
+    pool._members["1"].packed = None
+    next(module for module in model.modules() if hasattr(module, "lora_B")).lora_B["default"].weight.data.mul_(1.5)
+    expected = call(model, LLAMA.inputs())
+    with pool.using("2"):
+        pool._members.max_bytes = None
+        pool._members.packed(pool._members["1"])  # it is read again meanwhile
+    assert torch.equal(call(model, LLAMA.inputs()), expected)
 
 
 def test_paths_that_are_ends_of_other_paths(tmp_path):

@@ -123,6 +123,19 @@ class Telling(Two):
         return found, found > 0, found.mean()
 
 
+class Hiding(Two):
+    """The first layer's output for each row, and the last one's with tokens before rows, or ``times`` for each row."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x):
+        seen = torch.tanh(self.first(x))
+        out = self.last(seen)
+        return seen, out.repeat_interleave(self.times, 0) if self.times else out.transpose(0, 1)
+
+
 def kind_of(make) -> Kind:
     return Kind(make, lambda: torch.randn(4, 4, 6), ("first", "last"))
 
@@ -314,6 +327,42 @@ def test_only_outputs_with_a_number_for_each_row_are_compared(tmp_path):
     truth, wanted = Truth(kind, folders, kind.inputs()), ["a", "b", None, "a"]
     pool.assign(wanted)
     truth.check(call(pool.model, truth.inputs), wanted)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_no_compared_output_shows_is_refused_or_proven_by_blocks(tmp_path, times):
+    kind = Kind(lambda: Hiding(times), lambda: torch.randn(4, 3, 6), ("first", "last"))
+    pool, folders = pool_for(kind, tmp_path)
+    x, wanted = kind.inputs(), ["a", "b", None, "a"]
+    pool.assign(wanted)
+    if not times:
+        refused("at last[.](.|\n)*no entry for each row", call, pool.model, x)
+        return
+    with torch.no_grad():
+        found = pool.model(x)
+        for row, name in enumerate(wanted):
+            expected = (load(kind, folders[name]) if name else kind.base())(x)
+            for mine, fresh in zip(found, expected, strict=True):
+                assert_close(mine.unflatten(0, (4, -1))[row], fresh.unflatten(0, (4, -1))[row])
+
+
+def test_a_proof_holds_for_the_layers_that_were_called(tmp_path):
+    """A part that is called alone runs some of the layers; the others are not proven by this."""
+    pool, _ = pool_for(LLAMA, tmp_path)
+    pool.assign(["a", "b", None, "a"])
+    base, hidden = pool.model.get_base_model(), randn(4, 5, 16)
+    with torch.no_grad():
+        pool.model(input_ids=torch.randint(0, 40, (4, 5)))
+        base.model.layers[0].mlp(hidden)
+        shown, batch = pool._room.batch.shown, pool._room.batch
+        assert shown == batch.acting
+        batch.proven.clear()
+        batch.shown = frozenset()
+        layers, base.model.layers = base.model.layers, base.model.layers[:1]
+        pool.model(input_ids=torch.randint(0, 40, (4, 5)))
+        base.model.layers = layers
+    assert batch.shown < batch.acting
+    refused("no proof for this part", call, base.model.layers[1].mlp, hidden)
 
 
 def test_everything_is_as_it_was_after_a_proof(tmp_path):

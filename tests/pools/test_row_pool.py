@@ -419,6 +419,20 @@ def test_weights_that_others_write_are_of_all_rows_or_refused(pool, model, truth
     truth.check(call(compute, truth.inputs[:2]), ["b", "a"])
 
 
+@pytest.mark.parametrize("wanted", [[None, "a"], ["b", "a"], [None, None]])
+def test_a_write_through_data_to_a_first_row_is_refused(pool, model, truth, wanted):
+    """Also where that row has no adapter: its memory is zero."""
+    for write in (lambda x: x.data.add_(0.1), lambda x: x.data.fill_(torch.inf), lambda x: x.detach().numpy().fill(1)):
+        pool.assign(wanted)
+        assert_rows(pool, truth, wanted)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                write(parameter)
+        refused("knows of one row only", call, model, truth.inputs[: len(wanted)])
+        pool.assign(wanted)
+        assert_rows(pool, truth, wanted)
+
+
 def test_training_is_refused_and_gradients_of_inputs_are_right(pool, model, folders, truth, compute):
     pool.assign(["a", "b"])
 
