@@ -33,7 +33,7 @@ LABELS = {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "labe
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
 LABELS |= {"gradient_checkpointing", "generation_config", "tokenizer_class"}
 #: a layer's own, if an adapter has been off there
-LABELS |= {"merge"}
+LABELS |= {"merge", "delete_adapter"}
 #: token ids that generating reads, and the forward of other models than causal ones
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
 #: hooks that transformers adds when it computes, which do nothing unless it asks for their output

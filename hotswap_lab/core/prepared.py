@@ -231,13 +231,14 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
 
 
 def keep_off(method: Method, layer: TunerLayer, journal: Journal) -> None:
-    """Let a layer keep out of merges what is off there, and keep it off when its memory is replaced.
+    """Let a layer keep out of merges what is off there, keep it off in new memory, and forget it with its adapter.
 
-    Both are attributes of its own: another class would recompile a layer that is not prepared.
+    These are attributes of its own: another class would recompile a layer that is not prepared.
     """
     if "merge" not in layer.__dict__:
         journal.set_item(layer.__dict__, "merge", functools.partial(merge_what_is_on, layer, method))
         journal.set_item(layer.__dict__, "_apply", functools.partial(move_and_keep_off, layer, method))
+        journal.set_item(layer.__dict__, "delete_adapter", functools.partial(delete_with_mark, layer))
 
 
 def move_and_keep_off(layer: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
@@ -249,6 +250,12 @@ def move_and_keep_off(layer: Any, method: Method, *args: Any, **kwargs: Any) -> 
             with torch.inference_mode(tensor.parameter.is_inference()), torch.no_grad():
                 tensor.memory.zero_()
     return layer
+
+
+def delete_with_mark(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's ``delete_adapter`` of a layer. An adapter that is loaded under the same name later is not off there."""
+    type(layer).delete_adapter(layer, adapter_name, *args, **kwargs)
+    mark(layer, OFF_ATTRIBUTE, adapter_name, False, Journal())
 
 
 def merge_what_is_on(

@@ -6,6 +6,7 @@ stays valid. An adapter of a lower rank than was prepared for is padded with zer
 ``load_state_dict`` does not miss them.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +25,12 @@ from .tensors import OFF_ATTRIBUTE, PREPARED_ATTRIBUTE, SlotTensor, is_prepared
 
 #: ends the first sentence of a warning
 DIFFERS = "so what is saved is not what the model computes"
+#: functions of PEFT that look up a file's keys among those of the model; weights without a key there are dropped
+PEFT_LOADS_BY_KEY = {
+    "_remap_adapter_state_dict_for_load",
+    "_find_mismatched_keys",
+    "hotswap_adapter_from_state_dict",
+}
 
 
 def look_after(slot: Slot, config: Config, journal: Journal) -> None:
@@ -62,8 +69,21 @@ def _marked(methods: Sequence[Method], base: torch.nn.Module, prefix: str) -> It
                     yield f"{prefix}{path}.{tensor.named_key}", layer, name, tensor, off, reason
 
 
+def _is_for_loading() -> bool:
+    """Whether PEFT reads the state dict to load a file. Then it has to see the layers that are off, to fill them.
+
+    PEFT calls ``model.state_dict()`` for saving, too: only the call stack shows the difference.
+    """
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        is_of_peft = frame.f_globals.get("__name__", "").startswith("peft.")
+        if is_of_peft and frame.f_code.co_name in PEFT_LOADS_BY_KEY:
+            return True
+    return False
+
+
 def _show_own(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
-    kept = base.__dict__.get(SLOTS, {}).items()
+    kept, hides_off = base.__dict__.get(SLOTS, {}).items(), not _is_for_loading()
     if names := [name for name, slot in kept if slot and slot.room and slot.room.assigned]:
         text = "may have different adapters, which are not what is saved: swap to one first"
         warnings.warn(f"The rows of {listing(names)} {text}", stacklevel=2)
@@ -72,7 +92,7 @@ def _show_own(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict
             continue
         if reason:
             warnings.warn(reason, stacklevel=2)
-        if off:
+        if off and hides_off:
             del state_dict[key]
             continue
         rank, keep_vars = own_rank(layer, name, tensor), isinstance(value, torch.nn.Parameter)
