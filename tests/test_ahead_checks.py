@@ -144,7 +144,7 @@ def other_ropes(model):
 
 
 def other_function(model):
-    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh()
+    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh().eval()
     return model
 
 
@@ -282,6 +282,17 @@ def move(model):
     base_layer.weight.data = base_layer.weight.data.clone()
 
 
+def transpose(model):
+    """The same memory, read in another order."""
+    weight = parts(model)[1].base_layer.weight
+    weight.data = weight.data.t()
+
+
+def narrow(model):
+    weight = parts(model)[1].base_layer.weight
+    weight.data = weight.data[:4]
+
+
 def move_scaling(model):
     """Two tensors of one element can be equal; one of them is not the one that the code reads."""
     buffers = parts(model)[1]._buffers
@@ -304,6 +315,13 @@ def load_again(model):
 
 CHANGES = {
     "training": (lambda model: model.train(), "training mode"),
+    "a layer in training": (lambda model: parts(model)[0].train(), r"training mode in model.layers.0.mlp"),
+    "a base layer in training": (
+        lambda model: parts(model)[1].base_layer.train(),
+        r"training mode in model.layers.1.self_attn.q_proj.base_layer",
+    ),
+    "transposed": (transpose, "moved, replaced or resized"),
+    "narrowed": (narrow, "moved, replaced or resized"),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapters that are disabled"),
     "merged": (lambda model: model.merge_adapter(), "an adapter that is merged, 'default'"),
     "another adapter": (add_another, r"the active adapters \['other'\]"),
@@ -324,7 +342,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", few_of(CHANGES, list(CHANGES)[::3]))
+#: the others are for the long command
+OFTEN = {*list(CHANGES)[::3], "a layer in training", "a base layer in training", "transposed", "narrowed"}
+
+
+@pytest.mark.parametrize("change", few_of(CHANGES, OFTEN))
 def test_a_model_that_has_changed_since(granites, change):
     (make, path), (action, match) = granites, CHANGES[change]
     ahead = bind(path, model := make())
