@@ -32,6 +32,7 @@ from .beyond.base_twin import base_tensors, make_base_twin
 from .beyond.base_values import ORIGINALS
 from .beyond.guards import compilers_kept, device_with_values, random_numbers_kept
 from .core.adapter import Adapter
+from .core.compiled import compiled_in
 from .core.errors import HotswapError, refusal, refused
 from .core.host import Host, canonical_path, find_host, key_in_file, name_in
 from .core.journal import Journal
@@ -52,6 +53,15 @@ MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 
 #: the same two for a model that is not deterministic: in multiples of the difference between two of its calls
 NOISE_TOLERANCE, NOISE_MARGIN = 2, 5
+
+#: Rounding depends on the processor and on the model. Where float32 or float64 exceeds its tolerance, the limit is
+#: measured: this many times what a change of the last bit of each weight does to the outputs. A float64 model may
+#: compute parts of it in float32, which compiled code rounds in a different way, so there the bit is float32's last one.
+ROUNDINGS = 8
+#: with a measured limit, the adapter's effect must show a scaling that is off by 1e-3
+ROUNDING_MARGIN = 1000
+#: for each precision an integer type of its size, its last bit, and float32's last bit
+LAST_BITS = {torch.float32: (torch.int32, 1, 1), torch.float64: (torch.int64, 1, 1 << 29)}
 
 #: how many mismatches a verdict shows
 SHOWN = 10
@@ -180,7 +190,9 @@ def verify_hotswap(
         compared, too, up to rounding, except for those that are offloaded. Default: a copy of the model's own base
         without adapters, which takes as much memory as the model.
     tolerance:
-        The allowed difference relative to the largest output. Default: 2e-5 in float32, more in half precision.
+        The allowed difference relative to the largest output. Default: 2e-5 in float32, more in half precision. If the
+        outputs of a deterministic model differ by more, rounding is measured: the limit is then 8 times the effect of
+        changing the last bit of each weight, if that is more.
 
     Returns
     -------
@@ -223,12 +235,16 @@ def verify_hotswap(
         fresh_outputs = _call(fresh, inputs)
         noise = _difference(fresh_outputs, _call(fresh, inputs))
         mismatches, layers = _compared(slot, fresh, with_base=base is not None)
-    dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
-    allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * largest
-    margin = MARGIN.get(dtype, 100)
-    if NOISE_TOLERANCE * noise > allowed:
-        allowed, margin = NOISE_TOLERANCE * noise, NOISE_MARGIN
-    difference, change = (_difference(outputs, fresh_outputs) for outputs in (live_outputs, base_outputs))
+        difference, change = (_difference(outputs, fresh_outputs) for outputs in (live_outputs, base_outputs))
+        dtype, largest = fresh_outputs[0].dtype, max(float(output.abs().max()) for output in fresh_outputs)
+        allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * largest
+        margin = MARGIN.get(dtype, 100)
+        if NOISE_TOLERANCE * noise > allowed:
+            allowed, margin = NOISE_TOLERANCE * noise, NOISE_MARGIN
+        elif tolerance is None and not noise and dtype in LAST_BITS and difference > allowed:
+            measured = ROUNDINGS * _rounding(fresh, inputs, fresh_outputs, bool(compiled_in(model)))
+            if measured > allowed:
+                allowed, margin = measured, ROUNDING_MARGIN
     return Verification(difference, change, allowed, mismatches, margin, noise, layers)
 
 
@@ -311,6 +327,24 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     if [each.shape for each in first] != [each.shape for each in second]:
         return math.inf  # prompts make sequences longer
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def _rounding(fresh: torch.nn.Module, inputs: object, outputs: list[torch.Tensor], is_compiled: bool) -> float:
+    """How far outputs move if the last bit of each weight changes, which is about as far as rounding moves them."""
+
+    def flip_bits() -> None:
+        with torch.inference_mode():  # allows writing to tensors of either mode
+            for parameter in fresh.parameters():
+                if type(parameter.data) is torch.Tensor and parameter.dtype in LAST_BITS and not parameter.is_meta:
+                    integer, last, last_of_float32 = LAST_BITS[parameter.dtype]
+                    bits = parameter.data.view(integer)
+                    bits.bitwise_xor_(last_of_float32 if is_compiled else last)
+
+    flip_bits()
+    try:
+        return _difference(_call(fresh, inputs), outputs)
+    finally:
+        flip_bits()  # restores each bit, because `base` may have returned a model that is in use
 
 
 def _compared(slot: Slot, fresh: PeftModel, with_base: bool) -> tuple[tuple[str, ...], tuple[Layer, ...]]:
