@@ -55,8 +55,8 @@ MARGIN = {torch.float16: 10, torch.bfloat16: 5}
 NOISE_TOLERANCE, NOISE_MARGIN = 2, 5
 
 #: Rounding depends on the processor and on the model. Where float32 or float64 exceeds its tolerance, the limit is
-#: measured: this many times what a change of the last bit of each weight does to the outputs. A float64 model may
-#: compute parts of it in float32, which compiled code rounds in a different way, so there the bit is float32's last one.
+#: measured: this many times the effect of changing the last bit of each weight. A float64 model may compute parts of it
+#: in float32, which compiled code rounds in a different way, so there it is float32's last bit.
 ROUNDINGS = 8
 #: with a measured limit, the adapter's effect must show a scaling that is off by 1e-3
 ROUNDING_MARGIN = 1000
