@@ -229,7 +229,7 @@ def verify_hotswap(
         fresh = (bare_base(host) if base is None else base()).eval()
         base_outputs = _call(fresh, inputs)
         how = dict(is_trainable=not host.configs[name].inference_mode)
-        how["autocast_adapter_dtype"] = not any(each.parameter.dtype in HALF for each in slot.tensors)
+        how["autocast_adapter_dtype"] = not any(tensor.parameter.dtype in HALF for tensor in slot.tensors)
         with compilers_kept(), random_numbers_kept(), device_with_values():
             fresh = PeftModel.from_pretrained(fresh, folder, name, **how).eval()
         fresh_outputs = _call(fresh, inputs)
@@ -267,7 +267,9 @@ def bare_base(host: Host) -> torch.nn.Module:
 
 
 def _check_active(host: Host, name: str) -> None:
-    layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer) and has_adapter(each, name)]
+    layers = [
+        module for module in host.base.modules() if isinstance(module, BaseTunerLayer) and has_adapter(module, name)
+    ]
     for part in layers or [host.carrier]:
         active, merged = list(part.active_adapters), part.merged_adapters if layers else []
         disabled = part.disable_adapters if layers else getattr(part, "_adapters_disabled", False)
@@ -319,12 +321,12 @@ def _example_inputs(base: Any) -> Any:
 def _call(model: torch.nn.Module, inputs: object) -> list[torch.Tensor]:
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    tensors = [each for each in compat.tree_leaves(outputs) if isinstance(each, torch.Tensor)]
+    tensors = [leaf for leaf in compat.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
 
 
 def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    if [each.shape for each in first] != [each.shape for each in second]:
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         return math.inf  # prompts make sequences longer
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(first, second, strict=True))
 
@@ -357,8 +359,8 @@ def _compared(slot: Slot, fresh: PeftModel, with_base: bool) -> tuple[tuple[str,
     if not any(True in value for key, value in found.items() if TRAINED in key):
         found, expected = ({k: v for k, v in facts.items() if TRAINED not in k} for facts in (found, expected))
     if with_base:
-        found |= {f"{BASE}{key}": each for key, each in base_tensors(host.base).items()}
-        expected |= {f"{BASE}{key}": each for key, each in base_tensors(find_host(fresh, name).base).items()}
+        found |= {f"{BASE}{key}": tensor for key, tensor in base_tensors(host.base).items()}
+        expected |= {f"{BASE}{key}": tensor for key, tensor in base_tensors(find_host(fresh, name).base).items()}
     wrong = {}
     for key in sorted(expected.keys() | {key for key in found if TABLE not in key}):  # layers that are off have tables
         live, loaded = found.get(key), expected.get(key)
@@ -384,14 +386,16 @@ def _in_words(differences: Mapping[str, tuple]) -> Iterator[str]:
 def _layer(path: str, differences: Mapping[str, tuple]) -> Layer:
     own = {key: pair for key, pair in differences.items() if key.startswith((f"{path}.", f"{path}{TABLE}"))}
     shares = [_share(*pair) for key, pair in own.items() if TABLE not in key]
-    words = [each.partition(TABLE)[2] for each in _in_words(own) if TABLE in each]
+    words = [text.partition(TABLE)[2] for text in _in_words(own) if TABLE in text]
     equal = ["zeros on one side only, or another dtype"] if shares and not any(shares) else []
     return path, max([0.0, *shares]), [*words, *equal]
 
 
 def _share(live: torch.Tensor | None, loaded: torch.Tensor | None) -> float:
     """The size of the difference of two tensors, as a share of the larger one's own size, 1 at most; None is zero."""
-    live, loaded = (torch.zeros((), device="cpu") if each is None else each.cpu().double() for each in (live, loaded))
+    live, loaded = (
+        torch.zeros((), device="cpu") if tensor is None else tensor.cpu().double() for tensor in (live, loaded)
+    )
     if live.ndim == loaded.ndim and live.shape != loaded.shape:
         return 1.0
     return min(float((live - loaded).norm() / max(live.norm(), loaded.norm(), 1e-30)), 1.0)
@@ -407,14 +411,14 @@ def _facts(config: PeftConfig, carrier: PeftModel | LoadedAlone, tensors: Mappin
         for table in getattr(module, "adapter_layer_names", ()) if not config.inference_mode else ():
             with contextlib.suppress(AttributeError, LookupError, TypeError):
                 weights = attrgetter(table)(module)[adapter_name]
-                each = weights.parameters() if isinstance(weights, torch.nn.Module) else [weights]
-                facts[f"{canonical_path(path)}{TRAINED}{table}"] = [one.requires_grad for one in each]
+                parameters = weights.parameters() if isinstance(weights, torch.nn.Module) else [weights]
+                facts[f"{canonical_path(path)}{TRAINED}{table}"] = [one.requires_grad for one in parameters]
     return facts | {canonical_path(key): tensor for key, tensor in tensors.items()}
 
 
 def _comparable(value: object) -> object:
     """A list of names as a set, even an empty one, because PEFT makes sets of these for some architectures."""
-    return set(value) if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value) else value
+    return set(value) if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value) else value
 
 
 def _are_equal(first: object, second: object) -> bool:
@@ -445,4 +449,4 @@ def _have_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
         return all(_have_same_bits(getattr(first, name), getattr(second, name)) for name in names)
     if first.is_meta or second.is_meta:
         return True
-    return torch.equal(*(each.data.cpu().contiguous().reshape(-1).view(torch.uint8) for each in (first, second)))
+    return torch.equal(*(tensor.data.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))

@@ -75,7 +75,7 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
     """The layers that have other tensors than an adapter with this config."""
     dora, bias = form_for(config)
-    has_magnitude = any(each.key == MAGNITUDE for each in slot.tensors)
+    has_magnitude = any(tensor.key == MAGNITUDE for tensor in slot.tensors)
     return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or has_magnitude != dora]
 
 
@@ -143,7 +143,7 @@ def change_from_graft(plan: FreshPlan) -> Change:
         change.copy(target, source)
     tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
     write_scalings(change, tables, slot.adapter_name, values)
-    change.resizes += [(each, new.to(each.device, each.dtype, copy=True).contiguous()) for each, new in graft.resizes]
+    change.resizes += [(old, new.to(old.device, old.dtype, copy=True).contiguous()) for old, new in graft.resizes]
     # cloned, because the change overwrites the base model's values
     originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
     written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
@@ -190,7 +190,7 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
     around = filter(is_wrapper, slot.host.base.modules())
-    in_base = {each for wrapper in around for each in getattr(wrapper, "merged_adapters", ())}
+    in_base = {name for wrapper in around for name in getattr(wrapper, "merged_adapters", ())}
     if name in in_base:
         plan.refuse("merged", adapter_name=name)
     plan.graft, plan.targets = _decide(plan, in_base - {name})

@@ -102,13 +102,13 @@ class Graft:
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
-        return all(each.endswith(BOOKKEEPING) for each in self.differences)
+        return all(difference.endswith(BOOKKEEPING) for difference in self.differences)
 
     @property
     def nbytes(self) -> int:
         """The bytes that are written to the model's tensors."""
         written = [target for target, _ in (*self.copies, *self.base.copies)]
-        return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
+        return sum(tensor.nbytes for tensor in (*written, *(source for _, source in self.resizes)))
 
 
 def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
@@ -152,7 +152,7 @@ class _Comparison:
         #: the fresh load's wrappers that the live model gets a copy of
         self.new: set[FreshId] = set()
         self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
-        self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
+        self.own = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in self.live_of]
         #: a table, a key in it, and the fresh load's object of which a copy is put there
         self.puts: list[tuple[Table, str, object]] = []
         #: live wrappers that the fresh load lacks; removed last, when all the tables that they share are known
@@ -180,7 +180,7 @@ class _Comparison:
         if id(live) in self.taken:
             return
         self.taken.add(id(live))
-        absent = [{name: child is None for name, child in each._modules.items()} for each in (live, fresh)]
+        absent = [{name: child is None for name, child in module._modules.items()} for module in (live, fresh)]
         # another layer may have the same class and the same weights, so the twin's record decides
         if absent[0] != absent[1] or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
@@ -195,7 +195,7 @@ class _Comparison:
         around, fresh_core = wrappers.peel(fresh)
         rest, new = list(present), []
         for wrapper in around:
-            match = next((each for each in rest if wrappers.are_alike(each, wrapper)), None)
+            match = next((live for live in rest if wrappers.are_alike(live, wrapper)), None)
             if match is None:
                 new.append(wrapper)
             else:
@@ -206,7 +206,7 @@ class _Comparison:
                 if len(self.graft.resizes) > resizes:
                     action = Action.RESIZE
                 self._report(path, match, action, before, wrapper)
-        staying = [each for each in rest if self._stays(each)]
+        staying = [wrapper for wrapper in rest if self._stays(wrapper)]
         self._check_place(path, new, staying)
         for wrapper in new:
             self.new.add(id(wrapper))
@@ -215,9 +215,9 @@ class _Comparison:
                 self.graft.added.append(path)
             self._report(path, wrapper, Action.ADD, None, wrapper)
         self.rest += [(wrapper, path) for wrapper in rest]
-        wanted = [self.live_of.get(id(each), each) for each in around]
-        chain = [each for each in present if each in wanted or each in staying]
-        if [each for each in chain if each in wanted] != wanted:
+        wanted = [self.live_of.get(id(wrapper), wrapper) for wrapper in around]
+        chain = [wrapper for wrapper in present if wrapper in wanted or wrapper in staying]
+        if [wrapper for wrapper in chain if wrapper in wanted] != wanted:
             # PEFT puts a wrapper that is loaded later around those that are there
             chain = wanted + staying if self.is_mixed else staying + wanted
         holders = [(parent, name), *map(wrappers.holder_of_inside, chain)]
@@ -233,9 +233,9 @@ class _Comparison:
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
             first = staying[0], new[0]
-            kinds = [f"{'tied ' if wrappers.is_tied(each) else ''}{type(each).__name__}" for each in first]
+            kinds = [f"{'tied ' if wrappers.is_tied(wrapper) else ''}{type(wrapper).__name__}" for wrapper in first]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
-        if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
+        if self.others and any(isinstance(wrapper, LNTuningLayer) for wrapper in (*new, *staying)):
             self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
@@ -415,7 +415,7 @@ class _Comparison:
 
     def _pad(self, live: BaseTunerLayer, fresh: BaseTunerLayer) -> None:
         """Pad the fresh load's tensors to the rank that the live ones were prepared for, if that is higher."""
-        room = {each.key: each for each in self.method.tensors_of(live, self.name) or ()}
+        room = {tensor.key: tensor for tensor in self.method.tensors_of(live, self.name) or ()}
         for source in self.method.tensors_of(fresh, self.name) or ():
             parameter, target = source.parameter, room.get(source.key)
             if target and target.fits(parameter.shape) and (source.capacity or 0) < (target.capacity or 0):
@@ -426,16 +426,16 @@ class _Comparison:
 
     def _freeze(self, live: torch.nn.Module, fresh: torch.nn.Module) -> None:
         """Follow PEFT, which freezes some weights of a few kinds of LoRA, such as MiCA's ``lora_B``."""
-        before, after = (set(getattr(each, FROZEN, {}).get(self.name, ())) for each in (live, fresh))
+        before, after = (set(getattr(wrapper, FROZEN, {}).get(self.name, ())) for wrapper in (live, fresh))
         tensors = self.method.tensors_of(live, self.name) if before != after else None
-        trained = any(each.parameter.requires_grad for each in tensors or ())
-        for each in tensors or ():
-            if (name := each.key.partition(".")[0]) in before ^ after:
-                self.graft.requires_grad.append((each.parameter, trained and name not in after))
+        trained = any(tensor.parameter.requires_grad for tensor in tensors or ())
+        for tensor in tensors or ():
+            if (name := tensor.key.partition(".")[0]) in before ^ after:
+                self.graft.requires_grad.append((tensor.parameter, trained and name not in after))
 
     def _are_equal(self, live: object, fresh: object) -> bool:
         if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
-            live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
+            live, fresh = list(live), [self.live_of.get(id(item), item) for item in fresh]
         return wrappers.are_equal(live, self.live_of.get(id(fresh), fresh))
 
     def _part_memory(self) -> None:
@@ -443,9 +443,9 @@ class _Comparison:
         is_apart = self.plan.slot.room is not None
         for group in [] if is_apart else overlapping([live for live, *_ in self.values]):
             found = [self.values[number] for number in group]
-            for number in conflicting_writes([each[:2] for each in found]):
+            for number in conflicting_writes([value[:2] for value in found]):
                 live, values, path = found[number]
-                self.graft.copies = [each for each in self.graft.copies if each[0] is not live]
+                self.graft.copies = [pair for pair in self.graft.copies if pair[0] is not live]
                 self.graft.resizes.append((live, values))
                 self.graft.differences.append(f"{path} shares memory with another tensor, unlike a fresh one")
 
@@ -494,14 +494,14 @@ class _Comparison:
             self._remove(*each)
         self._part_memory()
         live = (*self.host.base.modules(), *self.host.base.parameters())
-        memo = {id(each): each for each in (*live, *self.own, self.fresh.config)} | self.live_of
+        memo = {id(item): item for item in (*live, *self.own, self.fresh.config)} | self.live_of
         trained = any(parameter.requires_grad for parameter in self.graft.parameters)
         if self.graft.parameters and not trained:  # PEFT leaves an adapter frozen while another one is active
-            for each in self.own:
-                each.requires_grad_(False)
+            for tensor in self.own:
+                tensor.requires_grad_(False)
         for module in self.kept:  # PEFT keeps tensors there that are part of a graph, which Python can't copy
             tied = getattr(module, "kwargs", {}).get("tied_adapter") or {}
-            tied.update({key: each.detach() for key, each in tied.items()})
+            tied.update({key: tensor.detach() for key, tensor in tied.items()})
         for table, key, fresh in self.puts:
             values = copy.deepcopy(fresh, memo), None
             for store, value in zip(wrappers.stores_of(table), values, strict=False):

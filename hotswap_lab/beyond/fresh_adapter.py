@@ -78,7 +78,7 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
             with interrupts_held():
                 for parameter, requires_grad in twin.shared:
                     parameter.requires_grad_(requires_grad)
-    if any(each.data_ptr() != twin.live_of[id(each)].data_ptr() for each in twin.parameters):
+    if any(weight.data_ptr() != twin.live_of[id(weight)].data_ptr() for weight in twin.parameters):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     config = model.peft_config[adapter_name]
     vars(config).update(taken_out)
@@ -96,7 +96,7 @@ def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, res
     # Some tensors are never saved, so a fresh load doesn't miss them. Others are saved once and shared by all layers.
     # Keys of a file differ from names in the model, so tensors are matched by their memory.
     # A base may have sparse buffers, which have no address.
-    memory = {key: each.data_ptr() for key, each in model.state_dict().items() if each.layout == torch.strided}
+    memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items() if tensor.layout == torch.strided}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
     awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in keys} - filled
@@ -118,9 +118,9 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
         # a tensor that PEFT has converted is another object by now, and gets no origin
         now = dict(named_tensors(model))
-        for key, each in state_dict.items():
-            if id(each) in keys and key in now:
-                origins[keys[id(each)]] = now[key]
+        for key, tensor in state_dict.items():
+            if id(tensor) in keys and key in now:
+                origins[keys[id(tensor)]] = now[key]
 
     (adapter_name,) = model.peft_config
     with model.register_load_state_dict_pre_hook(keep_apart):

@@ -76,7 +76,7 @@ def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def state_kept(module: torch.nn.Module) -> Iterator[None]:
     """Restore the values of a module's buffers, and random numbers, after a block that computes with it."""
-    values = [(each, each.clone()) for each in module.buffers() if not each.is_meta]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
     try:
         with random_numbers_kept():
             yield
@@ -131,8 +131,8 @@ class MemoryGuard(TorchFunctionMode):
         elsewhere = {key: kwargs[key] for key in kwargs.keys() - {"generator", "pin_memory", "out", "device"}}
         try:
             # the same call on the meta device takes no memory and shows the size
-            meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in args]
-            if not any(isinstance(each, torch.Tensor) for each in args):
+            meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in args]
+            if not any(isinstance(value, torch.Tensor) for value in args):
                 elsewhere["device"] = "meta"
             shape = function(*meta, **elsewhere)
         except Exception:

@@ -63,7 +63,9 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
     """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
     step = getattr(layer.get_base_layer(), "groups", 1)
     if step > 1:
-        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
+        tensors = [
+            tensor if tensor.rank_axis is None else GroupedTensor(**vars(tensor), rank_step=step) for tensor in tensors
+        ]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         owner = layer.lora_magnitude_vector[adapter_name]
         tensors = [*tensors, SlotTensor(MAGNITUDE, f"{MAGNITUDE}.{adapter_name}.weight", owner, "weight")]
@@ -104,7 +106,7 @@ def offable(original: type) -> Any:
 
 def zero_magnitudes(tensors: Mapping[str, torch.Tensor]) -> Iterator[Refusal]:
     """Refuse magnitudes that would turn DoRA off."""
-    if zero := [key for key, each in tensors.items() if MAGNITUDE in key and not each.any()]:
+    if zero := [key for key, magnitude in tensors.items() if MAGNITUDE in key and not magnitude.any()]:
         yield refusal("magnitude_zero", count=len(zero), keys=listing(zero, 2))
 
 
@@ -167,8 +169,8 @@ class FullLora(Beyond, Lora):
         has_bias = getattr(tables["lora_B"]._modules.get(adapter_name), "bias", None) is not None
         if has_bias or adapter_name in tables["lora_magnitude_vector"]._modules:
             tensors = self.tensors_of(layer, adapter_name) or []
-            trained = on and any(each.parameter.requires_grad for each in tensors if each.rank_axis is not None)
-            for parameter in (each.parameter for each in tensors if each.rank_axis is None):
+            trained = on and any(tensor.parameter.requires_grad for tensor in tensors if tensor.rank_axis is not None)
+            for parameter in (tensor.parameter for tensor in tensors if tensor.rank_axis is None):
                 if parameter.requires_grad != trained:
                     journal.set_attribute(parameter, "requires_grad", trained)
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
@@ -182,7 +184,7 @@ class FullLora(Beyond, Lora):
     def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
         own, base, name = {layer.path: layer for layer in slot.layers}, slot.host.base, slot.adapter_name
         on = [layer for layer in slot.layers if not is_marked_off(layer.module, name)]
-        yield from zero_magnitudes({f"{each.path}.{one.key}": one.parameter for each in on for one in each.tensors})
+        yield from zero_magnitudes({f"{layer.path}.{one.key}": one.parameter for layer in on for one in layer.tensors})
         for path, rank in ranks.items():
             if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
                 yield from pointless

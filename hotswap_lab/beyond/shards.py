@@ -128,7 +128,8 @@ def spread(tensors: list[SlotTensor]) -> list[SlotTensor]:
     if not is_distributed():
         return tensors
     return [
-        _sharded(type(each))(**vars(each)) if ShardedTensor.holds(each.owner, each.name) else each for each in tensors
+        _sharded(type(tensor))(**vars(tensor)) if ShardedTensor.holds(tensor.owner, tensor.name) else tensor
+        for tensor in tensors
     ]
 
 
@@ -153,14 +154,14 @@ def check_shards(plan: Plan) -> None:
     These are new shapes where FSDP has recorded the old ones, and magnitudes and biases that are frozen with their
     layer.
     """
-    resized = [each for each in plan.layers if each.action is Action.RESIZE]
-    if changed := resized + [each for each in plan.layers if each.action is Action.ADD]:
+    resized = [layer for layer in plan.layers if layer.action is Action.RESIZE]
+    if changed := resized + [layer for layer in plan.layers if layer.action is Action.ADD]:
         check_parallel_training(plan, len(changed), f"another shape at {changed[0].path}")
-    turned = [each for each in plan.layers if (each.settings is None) != (each.rank_before is None)]
-    if more := [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]:
+    turned = [layer for layer in plan.layers if (layer.settings is None) != (layer.rank_before is None)]
+    if more := [layer for layer in turned if any(tensor.rank_axis is None for tensor in layer.layer.tensors)]:
         check_parallel_training(plan, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
     # FSDP has recorded the shapes
-    if fixed := [each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors)]:
+    if fixed := [layer for layer in resized if any(_fsdp_keeper(one.owner, one.name) for one in layer.layer.tensors)]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         plan.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 
@@ -202,8 +203,8 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
     # as in `give_memory`, another dtype in between makes autograd forget the old shape
     other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     nothing = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)
-    for each in (nothing, fresh):
-        _become(parameter, each, each._local_tensor, each._spec)
+    for value in (nothing, fresh):
+        _become(parameter, value, value._local_tensor, value._spec)
 
 
 def _become(parameter: DTensor, other: DTensor, part: torch.Tensor, spec: object) -> None:

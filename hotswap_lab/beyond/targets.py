@@ -51,7 +51,7 @@ class Targets:
 
     def graft_of(self, adapter: Adapter) -> Graft:
         """A graft that writes only the adapter's tensors."""
-        layers = [replace(each, action=Action.COPY, rank_before=each.rank_after) for each in self.graft.layers]
+        layers = [replace(layer, action=Action.COPY, rank_before=layer.rank_after) for layer in self.graft.layers]
         graft = Graft(layers=layers, parameters=self.graft.parameters)
         graft.copies = [(target.tensor, adapter.tensors[name].detach()) for name, target in self.tensors.items()]
         return graft
