@@ -61,7 +61,7 @@ def form_for(config: PeftConfig) -> tuple[bool, bool]:
 
 
 def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
-    """Refuse a rank far above any that this layer's update can have, because it might take more memory than the model."""
+    """Refuse a rank far above any that this layer's update can have: it might take more memory than the model."""
     most = max([POINTLESS, *(2 * max(parameter.shape, default=0) for parameter in module.parameters())])
     if not is_rank(rank) or rank > most:
         yield refusal("pointless_rank", rank=rank, path=path, most=most)
