@@ -34,10 +34,10 @@ class General(Beyond):
         if not isinstance(layer, BaseTunerLayer):
             return None
         tables = [(name, attrgetter(name)(layer)) for name in layer.adapter_layer_names]
-        found = [(name, table) for name, table in tables if adapter_name in table]
+        tables = [(name, table) for name, table in tables if adapter_name in table]
         tensors = []
         is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
-        for name, table in found:
+        for name, table in tables:
             named_key = f"{name}.{adapter_name}"
             if isinstance(entry := table[adapter_name], torch.nn.Module):
                 for inner, _ in entry.named_parameters():
@@ -47,6 +47,6 @@ class General(Beyond):
             elif isinstance(table, torch.nn.ParameterDict):
                 axis = None if is_tucker else RANK_AXES.get(name)
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
-        return spread(tensors) if found else None
+        return spread(tensors) if tables else None
 
     prepare_in_place: ClassVar[Callable[..., Any]] = staticmethod(prepare_in_place)

@@ -126,8 +126,8 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     if rank == tensor.capacity or tensor.is_shard or parameter.is_meta or not tensor.padding(parameter, rank).any():
         return None
     found = f"has rank {rank}, but the padding of its {tensor.key} is not zero, {DIFFERS}"
-    cause = "An optimizer that still has the state of an earlier adapter does this: make a new one after a swap."
-    return f"The adapter {adapter_name!r} {found}. {cause}"
+    advice = "Make a new optimizer after a swap, because one with the state of an earlier adapter writes there."
+    return f"The adapter {adapter_name!r} {found}. {advice}"
 
 
 def _trained_while_off(adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
