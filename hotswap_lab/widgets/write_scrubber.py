@@ -1,4 +1,4 @@
-"""WriteScrubber: a swap stopped at any of its steps: the memory, the model's answer, and what a request would get."""
+"""WriteScrubber: a swap stopped at any step: the memory, the model's answer, and the answer of a request."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import bases_of, locked
 from .switch import demo_pool
-from .view import FITS, FOLDER, escape, speaking, w, wrapping_row
+from .view import FITS, FOLDER, announced, escape, w, wrapping_row
 from .work import WorkingView
 
 #: the halves of the picture, next to each other where there is room, for the sizes that all demo models have
 PICTURE = Template((FOLDER / "scrubber.svg").read_text("utf-8"))
-#: by what keeps a request from a model that is half swapped: the line that it runs, and what is said of it
+#: ways to handle a request during a swap: the line that it runs, and a sentence about its result
 REQUESTS = {
     "no lock": ("ask(model, tokenizer, {word!r})", "it gets {1}"),
     "reload": ("ask(*load({after!r}), {word!r})", "it waits {0}, then gets {1}"),
@@ -29,9 +29,9 @@ REQUESTS = {
 
 
 class WriteScrubber(WorkingView):
-    """One layer's memory while a swap writes it, the model's answer at that step, and its answers at all others.
+    """One layer's memory while a swap writes it, the model's answer at that step, and its answers at all other steps.
 
-    It makes a model of its own, and asks it after each step. Row j of a prepared model's memory holds component j of
+    It makes its own model, and asks it after each step. Row j of a prepared model's memory holds component j of
     every layer, so each step writes one row, and the last one the scalings.
 
     Parameters
@@ -62,16 +62,17 @@ class WriteScrubber(WorkingView):
         self.names: tuple[str, str] = before, after
         self.word: str = word
         self.guess_at: int = guess_at
-        #: what is said of the reader's guess
+        #: the verdict on the reader's guess
         self.guessed: str = ""
         pool, self._tokenizer = demo_pool()
         self.pool: AdapterPool = pool
         self.model: torch.nn.Module = pool.model
         self._slot = resolve_slot(self.model, "default")
         self._ends = [self._rows(name) for name in self.names]
-        # of the layer where the two have most
-        self._ranks = max(zip(*([int(rows.any(1).sum()) for rows in end] for end in self._ends), strict=True), key=sum)
-        self._lines_run = {how: line.format(after=after, word=word) for how, (line, _) in REQUESTS.items()}
+        # the ranks in the layer where their sum is the highest
+        old_ranks, new_ranks = ([int(rows.any(1).sum()) for rows in end] for end in self._ends)
+        self._ranks = max(zip(old_ranks, new_ranks, strict=True), key=sum)
+        self._lines_run = {way: line.format(after=after, word=word) for way, (line, _) in REQUESTS.items()}
         #: the number of steps: the rows, and the scalings
         self.steps: int = max(map(len, self._ends[0])) + 1
         #: the answer at each step
@@ -84,7 +85,7 @@ class WriteScrubber(WorkingView):
     def _rows(self, name: str) -> list[torch.Tensor]:
         """For each tensor of an adapter, a copy of its rank components as rows."""
         self.pool.swap(name)
-        return [_by_row(each).clone() for each in self._slot.tensors]
+        return [_by_row(tensor).clone() for tensor in self._slot.tensors]
 
     def go(self, step: int) -> None:
         """Do this many steps of the swap, which writes to the model's memory, in place."""
@@ -96,11 +97,11 @@ class WriteScrubber(WorkingView):
         with locked(*bases_of(self.model)), torch.no_grad():
             # the scalings and the config of one of the two, then the rows of both
             self.pool.swap(self.names[step == self.steps])
-            for tensor, was, will in zip(self._slot.tensors, *self._ends, strict=True):
-                _by_row(tensor).copy_(torch.cat([will[:step], was[step:]]))
+            for tensor, old, new in zip(self._slot.tensors, *self._ends, strict=True):
+                _by_row(tensor).copy_(torch.cat([new[:step], old[step:]]))
             answer = self.answers[step] = demo.ask(self.model, self._tokenizer, self.word)
             self._seen = self._now()
-        #: what became of the requests at this step
+        #: the results of the requests at this step
         self.arrived: dict[str, str] = {}
         self.step: int = step
         self.summary: str = f"{' to '.join(self.names)}, step {step} of {self.steps}: {self.word} → {answer}"
@@ -109,16 +110,16 @@ class WriteScrubber(WorkingView):
         self._go(self.guess_at)
         self.guessed = f"You said {word}. It is {self.answers[self.guess_at]}."
 
-    def _request(self, how: str) -> None:
-        start, found = time.perf_counter(), []
+    def _request(self, way: str) -> None:
+        start, results = time.perf_counter(), []
 
         def ask(*arguments: object) -> None:
-            found.extend((readable(time.perf_counter() - start), demo.ask(*arguments)))
+            results.extend((readable(time.perf_counter() - start), demo.ask(*arguments)))
 
-        known = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer}
-        exec(self._lines_run[how], known | {"ask": ask, "load": demo.load})  # what is shown is what is measured
+        names = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer, "ask": ask, "load": demo.load}
+        exec(self._lines_run[way], names)  # the line that is shown is the one that is measured
         self._seen = self._now()
-        self.arrived = self.arrived | {how: REQUESTS[how][1].format(*found)}
+        self.arrived = self.arrived | {way: REQUESTS[way][1].format(*results)}
 
     # ---- picture and controls
 
@@ -134,13 +135,13 @@ class WriteScrubber(WorkingView):
 
     def _picture(self) -> str:
         step, (old, new), (old_rank, new_rank) = self.step, self.names, self._ranks
-        answers = [escape(each) for _, each in sorted(self.answers.items())]
+        answers = [escape(text) for _, text in sorted(self.answers.items())]
         first, middle, last, answer = (answers[at] for at in (0, 17, self.steps, step))
         said, more, said_color = f"neither {old} ({first})", f"nor {new} ({last})", palette.WRONG
         if owner := {first: old, last: new}.get(answer):
             said, more, said_color = f"what {owner} answers", "", palette.RIGHT
         colors = {first: palette.adapter_color(old), last: palette.adapter_color(new)}
-        fills = [colors.get(each, palette.MUTED) for each in answers]
+        fills = [colors.get(text, palette.MUTED) for text in answers]
         cells = "".join(f"<rect x='{at}' width='.9' height='28' fill='{fill}'/>" for at, fill in enumerate(fills))
         texts = dict(old=old, new=new, first=first, middle=middle, last=last, answer=answer, word=escape(self.word))
         is_base = f"{escape(self.word)}: what the base answers without an adapter"
@@ -152,20 +153,20 @@ class WriteScrubber(WorkingView):
 
     def _controls(self) -> list:
         self._with_stop()  # of no control: the slider stays enabled
-        self._said = speaking()
+        self._said = announced()
         self._slider = w.IntSlider(max=self.steps, description="step", layout=w.Layout(width="660px", max_width=FITS))
-        self._when_set(self._slider, lambda step: self._come(f"step {step}", partial(self._go, step)))
+        self._when_set(self._slider, lambda step: self._enqueue(f"step {step}", partial(self._go, step)))
         words = self.answers[0], self.answers[self.steps], "another"
         guesses = [self._starter(word, f"guess: {word}", self._guess) for word in words]
-        self._results = {how: speaking(layout=w.Layout(flex="1 1 200px", margin="2px 8px")) for how in REQUESTS}
-        starters = [self._starter(how, self._lines_run[how], self._request) for how in REQUESTS]
+        self._results = {way: announced(layout=w.Layout(flex="1 1 200px", margin="2px 8px")) for way in REQUESTS}
+        starters = [self._starter(way, self._lines_run[way], self._request) for way in REQUESTS]
         requests = map(wrapping_row, starters, self._results.values())
         arrive = w.HTML(f"<strong>Let a request for {self.names[1]} arrive now</strong>")
         question = w.HTML(f"Guess first: which word at step {self.guess_at}?")
         return [w.VBox([wrapping_row(question, *guesses), self._said]), self._slider, arrive, *requests]
 
     def _starter(self, label: str, tooltip: str, job: Callable[[str], None]) -> w.Button:
-        act = partial(self._come, label, partial(job, label))
+        act = partial(self._enqueue, label, partial(job, label))
         return self._button(label, tooltip, act, layout=w.Layout(min_width="104px"))
 
     def _build(self) -> list:
@@ -176,8 +177,8 @@ class WriteScrubber(WorkingView):
         super()._refresh()
         self._said.value = f"&nbsp;{escape(self.guessed)}"  # so that its line is there before it, and nothing moves
         self._slider.value = self._slider.value if self.busy else self.step  # not back while the user moves it
-        for how, text in self._results.items():
-            text.value = f"<code>{escape(self._lines_run[how])}</code><br>&nbsp;{escape(self.arrived.get(how, ''))}"
+        for way, text in self._results.items():
+            text.value = f"<code>{escape(self._lines_run[way])}</code><br>&nbsp;{escape(self.arrived.get(way, ''))}"
 
 
 def _by_row(tensor: SlotTensor) -> torch.Tensor:

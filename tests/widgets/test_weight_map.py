@@ -58,13 +58,13 @@ def test_a_tile_says_its_numbers():
     pool.swap("shout")
     map = WeightMap(pool)
     gate, share = "model.layers.1.mlp.gate_proj", expected(fresh_load("shout"), "model.layers.1.mlp.gate_proj", 1)
-    says = {tile.path: tile.says for tile in map.tiles}
-    assert says[gate] == f"{100 * share.item():.3g} % of the weight's size, rank 8, padded to 16"
-    assert says[gate.replace("1", "0")] == "the adapter is off here"
-    assert f"<title>{gate}: {says[gate]}".replace("'", "&#x27;") in map.figure().svg
-    says = {tile.path: tile.says for tile in WeightMap(fresh_load("shout")).tiles}
-    assert says[gate].endswith("size, rank 8")
-    assert says[gate.replace("1", "0")] == "the base model alone"
+    labels = {tile.path: tile.label for tile in map.tiles}
+    assert labels[gate] == f"{100 * share.item():.3g} % of the weight's size, rank 8, padded to 16"
+    assert labels[gate.replace("1", "0")] == "the adapter is off here"
+    assert f"<title>{gate}: {labels[gate]}".replace("'", "&#x27;") in map.figure().svg
+    labels = {tile.path: tile.label for tile in WeightMap(fresh_load("shout")).tiles}
+    assert labels[gate].endswith("size, rank 8")
+    assert labels[gate.replace("1", "0")] == "the base model alone"
 
 
 def test_one_scale_for_all_adapters():

@@ -104,7 +104,7 @@ def test_a_request_gets_what_it_is_said_to_get_and_the_line_is_held_meanwhile(vi
     view.go(6)
     before = [each.parameter.clone() for each in view._slot.tensors]
     for how in ("no lock", "reload", "pool.using"):
-        view._come(how, lambda how=how: view._request(how))
+        view._enqueue(how, lambda how=how: view._request(how))
         assert view.wait(60)
         assert how in view.arrived
     seconds = r"it waits [\d.]+ m?s, then gets otswaphay"
@@ -130,7 +130,7 @@ def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers(view):
     view.go(0)
     assert view._slider.value == 0
     assert "what reverse answers" in view._static()["image/svg+xml"]
-    view._come("a guess", lambda: view._guess("otswaphay"))
+    view._enqueue("a guess", lambda: view._guess("otswaphay"))
     assert view.wait(60)
     assert view._slider.value == view.step == 6
     assert view._said.value == "&nbsp;You said otswaphay. It is hotswap."
