@@ -53,8 +53,8 @@ class RowPanel(WorkingView):
 
     def __init__(self, pool: AdapterPool, generate: Callable[[list[str]], object], *, prompts: Sequence[str]):
         if not isinstance(pool, AdapterPool) or not callable(generate) or isinstance(prompts, str):
-            arguments = dict(pool=pool, generate=generate, prompts=prompts)
-            raise refused("rows_cannot_run", **{name: type(value).__name__ for name, value in arguments.items()})
+            kinds = [type(argument).__name__ for argument in (pool, generate, prompts)]
+            raise refused("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
             pass  # raises if the pool has too few rows
         self.pool: AdapterPool = pool
