@@ -1,7 +1,5 @@
 """One meaning for each color, in every picture and widget."""
 
-import zlib
-
 INK = "#1f2933"
 MUTED = "#627283"
 CARD = "#fbfcfd"
@@ -24,10 +22,10 @@ RIGHT = "#1a7f37"
 ACTIVE = "#1765a8"
 
 #: these colors in a picture for a dark theme
-DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
+DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#606770", OFF: "#1c1f25"}
 
 #: adapters; as text, all are readable on a card, and color-blind readers can distinguish them
-ADAPTERS = ("#008220", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
+ADAPTERS = ("#0d149a", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
 #: adapters that ship with the package, in the order of ADAPTERS
 _SHIPPED = (
     ("caesar", "double", "no_vowels", "pig_latin", "reverse", "shout", "sort", "vowels_up"),
@@ -37,6 +35,8 @@ _SHIPPED = (
 _KNOWN = {name: color for names in _SHIPPED for name, color in zip(names, ADAPTERS, strict=False)}
 #: a widget's name of an unknown adapter, and PEFT's default name
 _KNOWN |= {"another adapter": INK, "default": INK}
+#: the colors of the user's adapters, in the order they come
+_USERS: dict[str, str] = {}
 
 
 def adapter_color(name: str | None) -> str:
@@ -48,7 +48,7 @@ def adapter_color(name: str | None) -> str:
     if not name:
         return BASE
     name = name.partition("@")[0]
-    return _KNOWN.get(name) or ADAPTERS[zlib.crc32(name.encode()) % len(ADAPTERS)]
+    return _KNOWN.get(name) or _USERS.setdefault(name, ADAPTERS[len(_USERS) % len(ADAPTERS)])
 
 
 def mix(color: str, share: float, other: str = BASE) -> str:
