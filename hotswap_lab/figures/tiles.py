@@ -23,6 +23,8 @@ SMALL = (6, 7)
 LARGE, FEW = (6, 10), 60
 #: the upper ends of the scale's steps, as shares of the weight's own size; the last step has no end
 STEPS = (0.03, 0.1, 0.3, 1.0)
+#: the most lines of an answer
+MOST_LINES = 8
 #: padding: neither the base nor the adapter
 HATCH = (
     "<defs><pattern id='hatch' width='5' height='5' patternUnits='userSpaceOnUse' patternTransform='rotate(45)'>"
@@ -123,7 +125,8 @@ def _draw_answers(canvas: Canvas, y: float, answers: Sequence[tuple[str, str, st
             y += 8 + shown * height // width
             continue
         color = INK if name == "off" else adapter_color(name)
-        for line in textwrap.wrap(text, canvas.width // 9, max_lines=8) or [""]:
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, canvas.width // 9)] or [""]
+        for line in lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "[...]"]:
             canvas.text(12, y + 20, line, size=18, anchor="start", color=color)
             y += 24
     return y

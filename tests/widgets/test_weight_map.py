@@ -97,6 +97,18 @@ def test_the_former_adapter_is_outlined_and_padding_hatched():
     assert "dashed: double" in map.figure().svg
 
 
+def test_an_answer_keeps_its_lines_up_to_the_eighth():
+    def lines(answer):
+        svg = drawn(
+            [], "haiku", "", {"base": 1, "adapter": 1, "padding": 1}, answers=[("asked", "haiku", answer, None)]
+        ).svg
+        return re.findall("font-size='18'[^>]*>(.*?)<", svg)
+
+    assert lines("The sun is down,\nthe light\n\nis low.") == ["The sun is down,", "the light", "is low."]
+    assert lines("") == [""]
+    assert lines("\n".join("abcdefghij")) == [*"abcdefg", "[...]"]
+
+
 def numbers(model):
     own = sum(each.numel() for name, each in model.named_parameters() if "lora_" in name)
     return sum(each.numel() for each in model.parameters()) - own, own
