@@ -82,6 +82,12 @@ def test_no_adapter_looks_right_and_in_the_dark_the_base_is_not_padding():
     assert min(itertools.starmap(distance, itertools.combinations(grays, 2))) >= 6
 
 
+@pytest.mark.parametrize("color", ADAPTERS)
+def test_the_steps_of_a_scale_can_be_told_apart(color):
+    tints = [lab(tint, np.eye(3)) for tint in (palette.BASE, *palette.ramp(color))]
+    assert min(itertools.starmap(math.dist, itertools.pairwise(tints))) >= 8
+
+
 def test_each_adapter_of_a_family_has_its_own():
     accents = {palette.BASE, palette.OURS, palette.PEFT, palette.ADAPTER}
     for names in (demo.adapter_names(), digits.names(), voices.names()):

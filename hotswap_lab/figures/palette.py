@@ -61,6 +61,15 @@ def mix(color: str, share: float, other: str = BASE) -> str:
     return "#" + "".join(f"{round(share * one + (1 - share) * two):02x}" for one, two in pairs)
 
 
+def ramp(color: str) -> list[str]:
+    """Return seven tints of a color, from pale to dark. Readers can distinguish each from the next.
+
+    >>> ramp("#ff0000")[4:]
+    ['#ff0000', '#b20000', '#660000']
+    """
+    return [*(mix(color, step / 5) for step in range(1, 6)), mix(color, 0.7, BLACK), mix(color, 0.4, BLACK)]
+
+
 def light(name: str | None) -> str:
     """Return a light form of an adapter's color, on which dark text is readable.
 

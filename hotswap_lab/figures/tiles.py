@@ -12,7 +12,7 @@ from html import escape
 import torch
 
 from . import Canvas, Figure, area
-from .palette import BASE, CARD, INK, MUTED, adapter_color, mix
+from .palette import BASE, CARD, INK, MUTED, adapter_color, ramp
 from .png import address, png
 
 #: the cells along each side of a large tile, the cells from one tile to the next, and the pixels of a cell
@@ -22,7 +22,7 @@ SMALL = (6, 7)
 #: the most rows and columns of large tiles, and the most tiles that show their numbers
 LARGE, FEW = (6, 10), 60
 #: the upper ends of the scale's steps, as shares of the weight's own size; the last step has no end
-STEPS = (0.03, 0.1, 0.3, 1.0)
+STEPS = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0)
 #: the most lines of an answer
 MOST_LINES = 8
 #: padding: neither the base nor the adapter
@@ -82,7 +82,7 @@ def drawn(
         word(left + at * step + size / 2, top - 6, label, anchor=anchor, color=MUTED, turned=turned)
     for at, label in [*enumerate(row_labels)][::label_every]:
         word(left - 8, top + at * step + size / 2 + 4, label, anchor="end", color=MUTED)
-    tints = [BASE, *(mix(color, (number + 1) / (len(STEPS) + 1)) for number in range(len(STEPS) + 1))]
+    tints = [BASE, *ramp(color)]
     cells, overlays = torch.full((len(rows) * pitch, len(columns) * pitch), len(tints), device="cpu"), []
     for tile in tiles:
         block, kind = split(tile.path)
@@ -103,9 +103,9 @@ def drawn(
     add(f"<image {place} style='image-rendering:pixelated' href='{image}'/>")
     canvas.shapes += overlays if len(tiles) <= FEW else []
     dashed = f"; dashed: {previous[0]}" if previous[1] and len(tiles) <= FEW else ""
-    word(12, bottom + 32, f"share of the weight's own size{dashed}", color=MUTED)
+    word(12, bottom + 32, f"change in % of the weight's size, up to{dashed}", color=MUTED)
     width = (canvas.width - 24) / len(tints)
-    for at, (tint, label) in enumerate(zip(tints, ["0", *(f"<{100 * end:g}%" for end in STEPS), "more"], strict=True)):
+    for at, (tint, label) in enumerate(zip(tints, ["0", *(f"{100 * end:g}" for end in STEPS), "more"], strict=True)):
         add(f"<rect {area(12 + at * width, bottom + 38, width - 2, 10)} fill='{tint}'/>")
         word(11 + (at + 0.5) * width, bottom + 61, label, anchor="middle", color=MUTED)
     y = _draw_answers(canvas, bottom + 72, answers)

@@ -15,7 +15,7 @@ from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
-from hotswap_lab.figures.palette import BASE, adapter_color, mix
+from hotswap_lab.figures.palette import BASE, adapter_color, ramp
 from hotswap_lab.figures.tiles import CELLS, SMALL, Tile, drawn
 from hotswap_lab.widgets import SwapPanel, WeightMap
 
@@ -68,16 +68,16 @@ def test_a_tile_says_its_numbers():
 
 
 def test_one_scale_for_all_adapters():
-    """A cell has one of five tints, the same for the same share of the weight in whichever adapter."""
+    """A cell has one of seven tints, the same for the same share of the weight in whichever adapter."""
     tiles = [Tile(f"layers.{number}.q", torch.full((1, 1), share), "") for number, share in enumerate(SHARES)]
     others = [Tile(f"layers.{number}.q", torch.full((1, 1), share), "") for number, share in enumerate(SHARES[:3])]
     pixels = [pixels_of(drawn(each, "sort", "", {"base": 1, "adapter": 1, "padding": 1})) for each in (tiles, others)]
     color = adapter_color("sort")
-    tints = [BASE, *(mix(color, step / 5) for step in (1, 1, 2, 3, 4, 5))]
+    tints = [BASE, *(ramp(color)[step] for step in (0, 0, 1, 2, 3, 4, 6))]
     assert pixels == [tints, tints[:3]]
 
 
-SHARES = (0.0, 0.001, 0.02, 0.05, 0.2, 0.5, 3.0)
+SHARES = (0.0, 0.001, 0.02, 0.05, 0.15, 0.4, 0.7, 3.0)
 
 
 def pixels_of(figure):
