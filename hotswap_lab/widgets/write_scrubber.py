@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from string import Template
+from types import SimpleNamespace
 
 import torch
 
@@ -11,6 +12,7 @@ from .. import demo
 from ..core.tensors import SlotTensor
 from ..figures import Canvas, Figure, palette
 from ..figures.latency import readable
+from ..figures.png import address, png
 from ..pools.adapter_pool import AdapterPool
 from ..swap import resolve_slot
 from ..threads import bases_of, locked
@@ -18,14 +20,16 @@ from .switch import demo_pool
 from .view import FITS, FOLDER, announced, escape, w, wrapping_row
 from .work import WorkingView
 
-#: the halves of the picture, next to each other where there is room, for the sizes that all demo models have
+#: the halves of the picture, next to each other on a wide page, for the sizes of all demo models
 PICTURE = Template((FOLDER / "scrubber.svg").read_text("utf-8"))
 #: ways to handle a request during a swap: the line that it runs, and a sentence about its result
 REQUESTS = {
-    "no lock": ("ask(model, tokenizer, {word!r})", "it gets {1}"),
-    "reload": ("ask(*load({after!r}), {word!r})", "it waits {0}, then gets {1}"),
-    "pool.using": ("with pool.using({after!r}): ask(model, tokenizer, {word!r})", "it waits {0}, then gets {1}"),
+    "no lock": ("demo.ask(model, tokenizer, {word!r})", "it gets {1}"),
+    "demo.load": ("demo.ask(*demo.load({after!r}), {word!r})", "it waits {0}, then gets {1}"),
+    "pool.using": ("with pool.using({after!r}): demo.ask(model, tokenizer, {word!r})", "it waits {0}, then gets {1}"),
 }
+#: the columns of A and of B that are drawn, the pixels of a cell, and the number of its shades
+COLUMNS, CELL, SHADES = 24, 6, 9
 
 
 class WriteScrubber(WorkingView):
@@ -69,9 +73,11 @@ class WriteScrubber(WorkingView):
         self.model: torch.nn.Module = pool.model
         self._slot = resolve_slot(self.model, "default")
         self._ends = [self._rows(name) for name in self.names]
-        # the ranks in the layer where their sum is the highest
-        old_ranks, new_ranks = ([int(rows.any(1).sum()) for rows in end] for end in self._ends)
-        self._ranks = max(zip(old_ranks, new_ranks, strict=True), key=sum)
+        # the layer where the sum of the ranks is the highest; each layer has two tensors, A and B
+        old_ranks, new_ranks = ([int(rows.any(1).sum()) for rows in end[::2]] for end in self._ends)
+        ranks = [*zip(old_ranks, new_ranks, strict=True)]
+        self._ranks = max(ranks, key=sum)
+        self._layer = ranks.index(self._ranks)
         self._lines_run = {way: line.format(after=after, word=word) for way, (line, _) in REQUESTS.items()}
         #: the number of steps: the rows, and the scalings
         self.steps: int = max(map(len, self._ends[0])) + 1
@@ -116,7 +122,8 @@ class WriteScrubber(WorkingView):
         def ask(*arguments: object) -> None:
             results.extend((readable(time.perf_counter() - start), demo.ask(*arguments)))
 
-        names = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer, "ask": ask, "load": demo.load}
+        names = {"pool": self.pool, "model": self.model, "tokenizer": self._tokenizer}
+        names["demo"] = SimpleNamespace(ask=ask, load=demo.load)
         exec(self._lines_run[way], names)  # the line that is shown is the one that is measured
         self._seen = self._now()
         self.arrived = self.arrived | {way: REQUESTS[way][1].format(*results)}
@@ -124,32 +131,56 @@ class WriteScrubber(WorkingView):
     # ---- picture and controls
 
     def figure(self) -> Figure:
-        """One layer's rows in the colors of their adapters, and a cell for each step's answer."""
+        """One layer's memory, a cell for a number in its adapter's color, and a cell for each step's answer."""
         canvas = Canvas(660, 318)
-        canvas.shapes = [self._picture()]
+        canvas.shapes = [self._picture(with_ribbon=True)]
         return canvas.figure(str(self))
 
     def _inside(self) -> str:
         look = f"data-note='{escape(self._note)}' style='display:flex;flex-wrap:wrap'"
-        return f"<div class='hotswap-picture' {look}>{self._picture()}</div>"
+        return f"<div class='hotswap-picture' {look}>{self._picture(with_ribbon=bool(self.guessed))}</div>"
 
-    def _picture(self) -> str:
+    def _picture(self, with_ribbon: bool) -> str:
         step, (old, new), (old_rank, new_rank) = self.step, self.names, self._ranks
         answers = [escape(text) for _, text in sorted(self.answers.items())]
         first, middle, last, answer = (answers[at] for at in (0, 17, self.steps, step))
-        said, more, said_color = f"neither {old} ({first})", f"nor {new} ({last})", palette.WRONG
+        verdict, more, verdict_color = f"neither {old} ({first})", f"nor {new} ({last})", palette.WRONG
         if owner := {first: old, last: new}.get(answer):
-            said, more, said_color = f"what {owner} answers", "", palette.RIGHT
+            verdict, more, verdict_color = f"what {owner} answers", "", palette.RIGHT
         colors = {first: palette.adapter_color(old), last: palette.adapter_color(new)}
         fills = [colors.get(text, palette.MUTED) for text in answers]
         cells = "".join(f"<rect x='{at}' width='.9' height='28' fill='{fill}'/>" for at, fill in enumerate(fills))
         texts = dict(old=old, new=new, first=first, middle=middle, last=last, answer=answer, word=escape(self.word))
         is_base = f"{escape(self.word)}: what the base answers without an adapter"
         texts |= dict(old_rank=old_rank, new_rank=new_rank, is_base=is_base if self.word in answers else "")
-        texts |= dict(said=f"step {step} of {self.steps}: {said}", more=more, neither=fills.count(palette.MUTED))
-        looks = dict(cells=cells, said_color=said_color, old_color=colors[first], new_color=colors[last], step=step)
-        looks |= dict(old_rows=max(old_rank - step, 0), new_rows=min(step, new_rank), size=480 // max(16, len(answer)))
+        texts |= dict(verdict=f"step {step} of {self.steps}: {verdict}", more=more, neither=fills.count(palette.MUTED))
+        texts |= dict(layer=self._slot.layers[self._layer].path.removeprefix("model.layers."))
+        looks = dict(cells=cells, verdict_color=verdict_color, old_color=colors[first], new_color=colors[last])
+        looks |= dict(memory=address(self._memory()), edge=60 + CELL * min(step, self.steps - 1), step=step)
+        looks |= dict(size=480 // max(16, len(answer)), ribbon="visible" if with_ribbon else "hidden")
+        looks |= dict(question="hidden" if with_ribbon else "visible")
         return PICTURE.substitute(vars(palette), **texts, **looks)
+
+    def _memory(self) -> bytes:
+        """The first columns of A and B as a PNG: a row of cells for each component, or of dots where it is zero."""
+        shades = [(number + 1) / SHADES for number in range(SHADES)]
+        adapters = [palette.mix(palette.adapter_color(name), s, palette.WHITE) for name in self.names for s in shades]
+        sides = []
+        for number in (2 * self._layer, 2 * self._layer + 1):
+            old, new = (end[number].abs() for end in self._ends)
+            is_new = torch.arange(len(old), device="cpu")[:, None] < self.step
+            full = torch.where(is_new, _typical_maximum(new), _typical_maximum(old))
+            values = torch.where(is_new, new, old)[:, :COLUMNS]
+            shade = (values / full * SHADES).clamp(max=SHADES - 1).int() + SHADES * is_new
+            sides.append(torch.where(values.any(1, keepdim=True), shade + 2, 1))
+        cells = torch.cat([sides[0], torch.zeros_like(sides[0][:, :2]), sides[1]], 1)
+        pixels = cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+        pixels[CELL - 1 :: CELL] = 0  # the lines between cells
+        pixels[:, CELL - 1 :: CELL] = 0
+        centers = torch.zeros_like(pixels)
+        centers[CELL // 2 - 1 :: CELL, CELL // 2 - 1 :: CELL] = 1
+        pixels[pixels == 1] = centers[pixels == 1]
+        return png(pixels.tolist(), [palette.CARD, palette.MUTED, *adapters])
 
     def _controls(self) -> list:
         self._with_stop()  # of no control: the slider stays enabled
@@ -179,6 +210,12 @@ class WriteScrubber(WorkingView):
         self._slider.value = self._slider.value if self.busy else self.step  # not back while the user moves it
         for way, text in self._results.items():
             text.value = f"<code>{escape(self._lines_run[way])}</code><br>&nbsp;{escape(self.arrived.get(way, ''))}"
+
+
+def _typical_maximum(rows: torch.Tensor) -> torch.Tensor:
+    """The 95th percentile of the rows that aren't zero; 1 if all are."""
+    used = rows[rows.any(1)]
+    return used.quantile(0.95) if len(used) else rows.new_ones(())
 
 
 def _by_row(tensor: SlotTensor) -> torch.Tensor:
