@@ -135,12 +135,12 @@ class RowPanel(WorkingView):
         return f'<div class="hotswap-scroll">{table}</div>'
 
     def _controls(self) -> list[w.Widget]:
-        narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
-        slim, named = {"description_width": "16px"}, {"description_width": "40px"}
+        narrow, wide = w.Layout(width="164px"), w.Layout(flex="1 1 184px", min_width="0", max_width="284px")
+        slim, named = {"description_width": "40px"}, {"description_width": "64px"}
         self._rows, rest = [], w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
         for row in range(len(self.prompts)):
-            menu = w.Dropdown(description=str(row), style=slim, layout=narrow)
-            box = w.Text(description="asked", style=named, layout=wide)
+            menu = w.Dropdown(description=f"row {row}", style=slim, layout=narrow)
+            box = w.Text(description=f"request {row}", style=named, layout=wide)
             self._when_set(menu, partial(self.choose, row))
             self._when_set(box, partial(self._write, row))
             self._rows.append((menu, box, announced(layout=rest)))
