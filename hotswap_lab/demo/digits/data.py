@@ -14,7 +14,7 @@ SIZE = 16
 DIGIT_SIZE = 12
 #: the largest pixel value in scikit-learn's digits
 FULL_INK = 16
-#: the classifier is trained on every third digit, the model on all others: neither has seen the other's
+#: the classifier is trained on every third digit, and the model on the others
 EVERY = 3
 
 
