@@ -9,8 +9,8 @@ since nbval compares only cells that have a number. JupyterLab shows no SVG in a
 those of a fresh clone, so each picture is stored as PNG, too. That takes Chromium.
 
 The address of the repository, in the first cell of each notebook and in README's badges, is taken from
-pyproject.toml: it is changed there, and then here by running this script. The version is set in the package. This script
-then makes pyproject.toml link to the version's tag, and README name the package index's command, once there is a release.
+pyproject.toml: it is changed there, and then here by running this script. The version is set in the package. For a
+release, this script makes pyproject.toml link to its tag, and README give the command for the package index.
 """
 
 from __future__ import annotations
