@@ -230,12 +230,13 @@ def times_of(measured: Mapping[str, Any], kind: str) -> dict[str, tuple[float, f
 
 
 def summed(swap: float, token: float) -> str:
-    """Both times and their sum.
+    """Both times, rounded, and the sum of these.
 
-    >>> summed(0.0251, 0.156)
-    '25 + 156 = 181 ms'
+    >>> summed(0.0251, 0.156), summed(0.0803, 0.2687)
+    ('25 + 156 = 181 ms', '80 + 269 = 349 ms')
     """
-    return f"{number_of(swap)} + {number_of(token)} = {readable(swap + token)}"
+    one, other = number_of(swap), number_of(token)
+    return f"{one} + {other} = {readable((float(one) + float(other)) / 1000)}"
 
 
 def number_of(seconds: float) -> str:
