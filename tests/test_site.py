@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -50,6 +52,7 @@ def test_every_public_name_has_a_page(conf):
     pages = conf.pages()
     assert bound <= set(pages)
     assert all(f"   {name}\n" in pages["index"] for name in pages.keys() - {"index"})
+    assert sorted(" ".join(conf.TASKS.values()).split()) == sorted(bound - {"demo"})
     assert ".. autoexception:: hotswap_lab.HotswapError" in pages["HotswapError"]
     for model in (api.AskedText, api.AskedChat):
         for name in model.model_fields:  # described, and with its type
@@ -158,6 +161,19 @@ def test_the_blocks_of_a_page_run(name, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, name, "exec"), names)
     assert blocks
+
+
+@pytest.mark.long
+def test_the_call_on_the_servers_page_is_answered():
+    from running import TOKEN, one_process
+
+    (call,) = re.findall(r"^```bash\n(curl.*?)^```", (DOCS / "serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    with one_process(adapters={name: hotswap_lab.demo.adapter_path(name) for name in ("shout", "sort")}) as address:
+        command = ["bash", "-c", call.replace("localhost:8000", address)]
+        done = subprocess.run(
+            command, env={**os.environ, "HOTSWAP_ADMIN_TOKEN": TOKEN}, capture_output=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_page_of_a_task_begins_with_a_block():
