@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .. import _raise_missing
 from ..core.errors import refused
 from .tasks import MAX_WORD_LENGTH, SEPARATOR
 from .tasks import TASKS as TASKS
@@ -35,6 +36,7 @@ ADAPTERS_DIR = ASSETS_DIR / "adapters"
 Tokenizer = Any
 #: the label of tokens that the loss leaves out
 IGNORED = -100
+__getattr__ = functools.partial(_raise_missing, __name__)
 
 
 def names_in(directory: Path) -> list[str]:

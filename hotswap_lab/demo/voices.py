@@ -9,13 +9,16 @@ modules, so a swap must do more than copy weights. The base model's weights don'
 True
 """
 
+import functools
 from typing import Any
 
 import torch
 
+from .. import _raise_missing
 from . import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 
 __all__ = ["QUESTIONS", "VOICES_DIR", "ask", "load", "names", "path"]
+__getattr__ = functools.partial(_raise_missing, __name__)
 
 VOICES_DIR = ASSETS_DIR / "voices"
 #: held-out questions: none of them shares its topic with a training question

@@ -27,6 +27,9 @@ order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` 
 ``results`` (an answer as text and HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
+import functools
+
+from .. import _raise_missing
 from .guards import Guards
 from .row_panel import RowPanel
 from .swap_panel import SwapPanel
@@ -35,3 +38,4 @@ from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
 __all__ = ["Guards", "RowPanel", "SwapPanel", "View", "WeightMap", "WriteScrubber"]
+__getattr__ = functools.partial(_raise_missing, __name__)
