@@ -289,9 +289,15 @@ def commit(*plans: Plan) -> None:
 def _decided_again(plan: Plan) -> Plan:
     name = plan.slot.adapter_name
     slot = slot_for(METHODS, find_host(plan.slot.host.root, name), name)
-    how: dict[str, Any] = {each: getattr(plan, each) for each in ("add_layers", "check_targets", "base_weights")}
-    now = make_plan(slot, plan.adapter, passes=PASSES, **how)
-    if plan.told not in (None, now.answer):
+    now = make_plan(
+        slot,
+        plan.adapter,
+        passes=PASSES,
+        add_layers=plan.add_layers,
+        check_targets=plan.check_targets,
+        base_weights=plan.base_weights,
+    )
+    if plan.first_answer not in (None, now.answer):
         changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
         raise HotswapError(changed, *now.refusals)
     return now

@@ -21,7 +21,7 @@ from ..core.change import Change, clear_gradients, copy_all
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
-from ..core.plan import Action, Plan, change_layer_by_layer
+from ..core.plan import Action, Plan
 from ..core.planner import only_for
 from ..core.slot import Slot, begin_change, has_been_swapped
 from ..core.tensors import have_same_values
@@ -174,7 +174,7 @@ def change_to_originals(
     """
     host, name = slot.host, slot.adapter_name
     live = base_tensors(host.base)
-    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [])
+    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, [])
     if given is not None:
         unchanged = lost_originals(host, name) & live.keys() - given.keys()
         plan.base_weights = {**{key: live[key].detach().clone() for key in unchanged}, **given}

@@ -39,8 +39,6 @@ from .targets import TARGETS, Targets, find_targets, keep_targets
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 PREVIOUS_LAYERS = "hotswap_previous_layers"
-#: what a plan was asked for, and what it has noted
-GIVEN = ("slot", "adapter", "compiled", "add_layers", "check_targets", "base_weights", "notes", "warnings")
 IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
 
 
@@ -133,25 +131,24 @@ class FreshPlan(Plan):
     def nbytes(self) -> int:
         return self.graft.nbytes
 
-
-def change_from_graft(plan: FreshPlan) -> Change:
-    """The change that writes a graft to the live model."""
-    slot, graft = plan.slot, plan.graft
-    stays = graft.writes_values_only and not isinstance(slot.method, General)
-    change = begin_change(slot, plan.config, slot if stays else None)
-    for target, source in (*graft.copies, *graft.base.copies):
-        change.copy(target, source)
-    tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
-    write_scalings(change, tables, slot.adapter_name, values)
-    change.resizes += [(old, new.to(old.device, old.dtype, copy=True).contiguous()) for old, new in graft.resizes]
-    # cloned, because the change overwrites the base model's values
-    originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
-    written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
-    change.steps += [functools.partial(clear_gradients, written), *graft.steps]
-    change.steps.append(functools.partial(_note, plan, originals))
-    if slot.room is not None:  # nothing else is written there
-        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
-    return change
+    def build_change(self) -> Change:
+        """Build the change that writes the graft to the live model."""
+        slot, graft = self.slot, self.graft
+        stays = graft.writes_values_only and not isinstance(slot.method, General)
+        change = begin_change(slot, self.config, slot if stays else None)
+        for target, source in (*graft.copies, *graft.base.copies):
+            change.copy(target, source)
+        tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
+        write_scalings(change, tables, slot.adapter_name, values)
+        change.resizes += [(old, new.to(old.device, old.dtype, copy=True).contiguous()) for old, new in graft.resizes]
+        # cloned, because the change overwrites the base model's values
+        originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
+        written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
+        change.steps += [functools.partial(clear_gradients, written), *graft.steps]
+        change.steps.append(functools.partial(_note, self, originals))
+        if slot.room is not None:  # nothing else is written there
+            change.steps.append(functools.partial(slot.room.note_swap, self.config))
+        return change
 
 
 def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal) -> None:
@@ -179,9 +176,19 @@ def previous_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
-    given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
     config = copy.deepcopy(begun.adapter.config)
-    plan = FreshPlan(**given, config=config, change_maker=change_from_graft, is_decided=True)
+    plan = FreshPlan(
+        begun.slot,
+        begun.adapter,
+        config,
+        begun.compiled,
+        begun.add_layers,
+        begun.check_targets,
+        begun.base_weights,
+        notes=begun.notes,
+        warnings=begun.warnings,
+        is_decided=True,
+    )
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")

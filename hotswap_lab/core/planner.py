@@ -21,7 +21,7 @@ from .loaded import FITS, with_bases
 from .lora_method import Lora
 from .memory import conflicting_writes, overlaps_in, overwritten, own_tensors
 from .method import Method
-from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .plan import Action, LayerPlan, Plan
 from .settings import settings_for
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import are_interchangeable
@@ -341,7 +341,7 @@ def make_plan(
         Original values of base weights that the loaded adapter has overwritten, by name.
     """
     compiled = compiled_in(slot.host.root, slot.modules)
-    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
+    plan = Plan(slot, adapter, adapter.config, compiled, add_layers, check_targets, base_weights)
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for each in passes:
         applies = getattr(each, "only_for", None)

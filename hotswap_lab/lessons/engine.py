@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from ..core.plan import Plan
 from ..core.planner import make_plan
 from ..core.prepared import ScalingTable
 from ..core.settings import LayerSettings
+from ..core.slot import copy_of
 from ..swap import carry_out, prepare_model_for_compiled_hotswap, resolve_slot
 from .exercise import Exercise, refused
 
@@ -33,11 +35,22 @@ def gains_of(draft: Plan) -> dict[str, float]:
     return {key.removesuffix(GAIN): float(each) for key, each in draft.adapter.tensors.items() if key.endswith(GAIN)}
 
 
+@dataclass(eq=False)
+class PlanOfChange(Plan):
+    """A plan that builds the change that it was given."""
+
+    own_change: Change = field(default_factory=Change)
+
+    def build_change(self) -> Change:
+        return self.own_change
+
+
 def as_plan(draft: Plan, change: Change) -> Plan:
-    """A plan that comes to this change, for the config that is in the model."""
-    draft.config = draft.slot.config
-    draft.change_maker = lambda plan: change
-    return draft
+    """Return a plan that builds this change, with the config that is in the model."""
+    config = copy_of(draft.slot.config)
+    return PlanOfChange(
+        draft.slot, draft.adapter, config, draft.compiled, refusals=draft.refusals, is_decided=True, own_change=change
+    )
 
 
 def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
@@ -76,7 +89,7 @@ def gains(solution):
 
     def spoiled(draft: Plan) -> Plan:
         plan = solution(draft)
-        plan.change_maker(plan).steps.append(lambda journal: 1 / 0)
+        plan.build_change().steps.append(lambda journal: 1 / 0)
         return plan
 
     with contextlib.suppress(ZeroDivisionError):
