@@ -5,6 +5,7 @@ the Hub can't be reached. The weights are those of the commit that the config wa
 pushed to the repository in between.
 """
 
+import contextlib
 import inspect
 import os
 import re
@@ -18,6 +19,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core.errors import first_line, refused
 from .sources import Folder, instead
+
+UNKNOWN = f"the cache alone doesn't show whether the repository has {SAFETENSORS_WEIGHTS_NAME}, which is preferred"
 
 
 @dataclass
@@ -46,13 +49,19 @@ class Repository(Folder):
 
     def folder_with_weights(self) -> str:
         hub = {**self.arguments, "revision": self.revision or self.arguments.get("revision")}
+        next_step = "check the repository, and get a complete copy of it"
         try:
             try:
                 return os.path.dirname(fetch(self.name, SAFETENSORS_WEIGHTS_NAME, hub))
-            except (EntryNotFoundError, OfflineModeIsEnabled):
+            except (EntryNotFoundError, OfflineModeIsEnabled) as error:
+                is_unknown = isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+                if is_unknown and in_cache(self.name, SAFETENSORS_WEIGHTS_NAME, hub) is None:
+                    # a fresh load asks the Hub, even with local_files_only, and takes no .bin if there is a safetensors
+                    next_step = f"leave out local_files_only, or get a complete copy of it: {UNKNOWN}"
+                    raise
                 return os.path.dirname(fetch(self.name, WEIGHTS_NAME, hub))
         except Exception as error:
-            next_step = _advice(error) or "check the repository, and get a complete copy of it"
+            next_step = _advice(error) or next_step
             raise refused("no_weights_file", source=self.name, error=_cause(error), next_step=next_step) from error
 
 
@@ -89,15 +98,28 @@ def commit_of(folder: str) -> str | None:
     return found and found[1]
 
 
+def in_cache(repository: str, name: str, hub: Mapping[str, object]) -> object:
+    """The path of a file in huggingface_hub's cache; None if it isn't there.
+
+    Another object, if the cache has noted that the repository doesn't have this file.
+    """
+    where = {key: hub.get(key) for key in ("cache_dir", "revision", "repo_type")}
+    return try_to_load_from_cache(repository, _path(name, hub), **where)
+
+
+def _path(name: str, hub: Mapping[str, object]) -> str:
+    return f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+
+
 def fetch(repository: str, name: str, hub: Mapping[str, object]) -> str:
     """The path of a file of a repository; an error soon if the Hub can't be reached and the file isn't here."""
-    path = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
-    where = {"revision": hub.get("revision"), "repo_type": hub.get("repo_type")}
-    cached = try_to_load_from_cache(repository, path, cache_dir=hub.get("cache_dir"), **where)
-    if not (isinstance(cached, str) or hub.get("local_files_only") or hub.get("local_dir")):
+    is_cached = isinstance(in_cache(repository, name, hub), str)
+    if not (is_cached or hub.get("local_files_only") or hub.get("local_dir")):
         # If the Hub doesn't answer, the download would retry for minutes. With one request before it, a user who waits
         # in a notebook gets an error soon.
-        url = hf_hub_url(repository, path, endpoint=hub.get("endpoint"), **where)
+        where = {key: hub.get(key) for key in ("endpoint", "revision", "repo_type")}
         timeout = hub.get("etag_timeout") or constants.HF_HUB_ETAG_TIMEOUT
-        get_hf_file_metadata(url, token=hub.get("token"), headers=hub.get("headers"), timeout=timeout)
+        with contextlib.suppress(EntryNotFoundError):  # the download raises it again, and notes it in the cache
+            url = hf_hub_url(repository, _path(name, hub), **where)
+            get_hf_file_metadata(url, token=hub.get("token"), headers=hub.get("headers"), timeout=timeout)
     return hf_hub_download(repository, name, **hub)
