@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -113,6 +115,16 @@ class File(NamedTuple):
 def own_key(slot: Slot, key: str) -> str:
     """The key of a tensor in the base model, whatever form of it a file has."""
     return slot.own_keys.get(short := canonical_path(key), short)
+
+
+def digest_of(adapter: core.Adapter) -> str:
+    """A hash of an adapter's config and its tensors."""
+    config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
+    digest = hashlib.sha256(config.encode())
+    for key, tensor in sorted(adapter.tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def find_source(source: object, arguments: dict[str, Any]) -> Folder:

@@ -1,22 +1,16 @@
 """The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``."""
 
 import asyncio
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safetensors.torch import save
-
 from ..core.errors import HotswapError, listing, refusal, refused
-from ..files.reading import Adapter
+from ..core.numerals import decimal
+from ..files.reading import Adapter, digest_of
 
 #: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
 MOST_CHARACTERS, MOST_ADAPTERS, MOST_WEIGHT, LONGEST_NAME = 1000, 8, 100, 200
-#: a weight as it is written; Python would read ``1_0`` as 10 as well, and digits of all scripts
-WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", re.ASCII | re.IGNORECASE)
 #: removed adapters whose numbers are remembered: a policy may have a new name at each of its steps
 MOST_REMEMBERED = 1000
 
@@ -55,13 +49,6 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
-
-
-def digest_of(adapter: Adapter) -> str:
-    """A hash of the config and the weights."""
-    config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
-    tensors = save({key: tensor.clone() for key, tensor in adapter.tensors.items()})
-    return hashlib.sha256(config.encode() + tensors).hexdigest()
 
 
 def highest_rank(config: Any) -> int:
@@ -105,11 +92,12 @@ class Table:
         if len(model) > MOST_CHARACTERS or len(parts) > MOST_ADAPTERS:
             raise self.unknown(model, base)
         for part in parts:
-            name, _, weight = part.partition(":")
-            if name not in self.versions or not WEIGHT.fullmatch(weight or "1"):
+            name, _, text = part.partition(":")
+            weight = decimal(text or "1")
+            if name not in self.versions or weight is None or text.startswith("-"):
                 raise self.unknown(part, base)
             version = self.versions[name]
-            shares[version] = shares.get(version, 0.0) + float(weight or 1)
+            shares[version] = shares.get(version, 0.0) + weight
             if shares[version] > MOST_WEIGHT:
                 raise self.unknown(part, base)
         return shares

@@ -380,7 +380,7 @@ def pool_state(pool: AdapterPool) -> dict:
         return None if packed is None else ([plain(part) for part in packed.bands], plain(packed.scalings))
 
     entries = {
-        name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
+        name: (each.version, each.source, of(each.packed) if each.source is None else None, each.digest)
         for name, each in pool._members.items()
     }
     rows = [plain(room._rows_of(band)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]
