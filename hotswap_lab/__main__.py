@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import HotswapError, advise, listing, refused
+from .core.numerals import MOST_THREADS, decimal, integer_from
 from .core.report import text_table, wrapped
 from .files import ADVICE
 
@@ -106,7 +106,7 @@ def plan(base: str, a: str, b: str) -> Told:
         return model
 
     # no base weights are lost, because A's file has none
-    found = plan_hotswap(_with_adapter(model, a, load), b, base_weights={})
+    found = plan_hotswap(_with_adapter(model, a, configs[0], load), b, base_weights={})
     if isinstance(found, FreshPlan):  # layers would get other tensors, which PEFT makes from the base's weights
         return _undecided([each for each in FORMS if len({getattr(config, each) for config in configs}) > 1])
     found.refusals[:] = advise(HotswapError(*found.refusals), IN_PLAN).refusals
@@ -185,14 +185,16 @@ def _loaded(base: str, adapter: str) -> tuple[Any, Any]:
     if refusals := [each for name, rank in ranks.items() if rank for each in pointless_rank(rank, name, model)]:
         raise HotswapError(*refusals)  # PEFT would allocate any
     originals = copies_for(model, found)
-    return _with_adapter(model, adapter, PeftModel.from_pretrained), originals
+    return _with_adapter(model, adapter, found.config, PeftModel.from_pretrained), originals
 
 
-def _with_adapter(model: Any, adapter: str, load: Callable[[Any, str], Any]) -> Any:
+def _with_adapter(model: Any, adapter: str, config: Any, load: Callable[[Any, str], Any]) -> Any:
     try:
         return load(model, adapter)
     except Exception as error:  # of any kind: the adapter of another base fails anywhere in PEFT, or is damaged
-        raise refused("not_for_base", adapter=adapter, kind=type(model).__name__, error=error) from error
+        kind, made_for, base = type(model).__name__, config.base_model_name_or_path, model.name_or_path
+        bases = f"; the adapter was made for {made_for}, and the base is {base}" if made_for and base else ""
+        raise refused("not_for_base", adapter=adapter, kind=kind, error=error, bases=bases) from error
 
 
 def tour(word: str, repeats: int, threads: int) -> Told:
@@ -253,11 +255,9 @@ def unused(folder: str) -> str:
 
 def weighted(text: str) -> tuple[str, float]:
     adapter, _, weight = text.rpartition(":")
-    # not all that float() reads, such as 1_0 for 10
-    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", weight, re.ASCII | re.IGNORECASE)
-    if is_number and math.isfinite(number := float(weight)):
-        return path(adapter), number
-    raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5")
+    if (number := decimal(weight)) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not ADAPTER:WEIGHT, such as runs/a:0.5")
+    return path(adapter), number
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -282,8 +282,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(tour)
     add("--word", type=known, default="hotswap", help="the word that the model is asked, 1 to 10 letters")
-    add("--repeats", type=int, default=15, help="swaps per figure")
-    add("--threads", type=int, default=1, help="threads that torch may use")
+    add("--repeats", type=integer_from(1), default=15, help="swaps per figure")
+    add("--threads", type=integer_from(1, MOST_THREADS), default=1, help="threads that torch may use")
     command(show, "adapter")
     command(plan, "base", "a", "b")
     command(verify, "base", "a", "b")("--add-layers", action="store_true", help="add the layers that A lacks")
@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     add("base", nargs="?", help="without it, the embedded model and its adapters")
     add("adapters", nargs="?", default="", help="a folder of adapters, or name=path,name=path")
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
+    add("--port", type=integer_from(0, 65535), default=8000)
     how = "an argument of the server: --help ends with what each means"
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="arguments", help=how, type=pair, action="extend")
     commands.add_parser("bench", help="times of each way of swapping: hotswap-lab bench --help")

@@ -39,6 +39,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .core.numerals import MOST_THREADS, integer_from
 from .core.report import readable_bytes, wrapped
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
@@ -459,11 +460,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser("python -m hotswap_lab.bench", description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=SHAPES, default=default.model, help="the shape; smollm2 is SmolLM2-135M's")
-    add("--rank", dest="ranks", type=int, nargs="+", default=default.ranks, help="of the adapters: a part for each")
+    add(
+        "--rank",
+        dest="ranks",
+        type=integer_from(1),
+        nargs="+",
+        default=default.ranks,
+        help="of the adapters: a part for each",
+    )
     add("--dtype", choices=TOLERANCE, default=default.dtype, help="of model and adapters")
     add("--device", default=default.device, help="where the model is")
-    add("--threads", type=int, default=default.threads, help="threads that torch may use")
-    add("--n", type=int, default=default.n, help="timed calls of each way")
+    add("--threads", type=integer_from(1, MOST_THREADS), default=default.threads, help="threads that torch may use")
+    add("--n", type=integer_from(1), default=default.n, help="timed calls of each way")
     add("--json", metavar="FILE", help="write everything there, times in seconds")
     options = vars(parser.parse_args(arguments))
     file, say = options.pop("json"), functools.partial(print, file=sys.stderr, flush=True)

@@ -203,3 +203,10 @@ def test_the_rows_of_chapter_05_are_ways_that_the_named_command_measures():
     chats = {way: each.chat for way, each in timed.items() if way != MEMCPY and each.chat.reader.compiled}
     assert [line[:28].strip() for line in table.splitlines()] == [first.DRAWN[way] for way in reversed(chats)]
     assert len({*map(id, chats.values())}) == len(chats) == 3
+
+
+@pytest.mark.parametrize(("option", "text"), [("--n", "0"), ("--threads", "-1"), ("--rank", "1_0")])
+def test_numbers_that_are_refused(capsys, option, text):
+    with pytest.raises(SystemExit, match="2"):
+        main([option, text])
+    assert f"argument {option}: {text} is not an integer" in capsys.readouterr().err

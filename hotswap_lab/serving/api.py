@@ -83,7 +83,8 @@ class Asked(Object, Sampling):
     """The fields that completions and chats share.
 
     - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
-    - ``max_tokens`` and ``max_completion_tokens``: the longest answer. Default: the longest that the server allows.
+    - ``max_tokens``, or its newer name ``max_completion_tokens``: the longest answer. Default: the longest that the
+      server allows. A request with both names needs the same number for both.
     - ``temperature``: 0 takes the most probable token each time; above that, tokens are drawn.
     - ``top_k``: draw from that many of the most probable tokens; 0 or -1 is all.
     - ``top_p``: of these, draw from the most probable ones that together have this probability.
@@ -305,6 +306,12 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
                 raise refused("misspelled_field", field=name, meant=meant[0])
             known = " or ".join(map(json.dumps, [None, *nothing.get(name, ())]))
             raise refused("unknown_field", field=name, value=reprlib.repr(value), nothing=known)
+        lengths = {asked.max_tokens, asked.max_completion_tokens} - {None}
+        if len(lengths) > 1:
+            found = (
+                f"max_tokens={asked.max_tokens} and max_completion_tokens={asked.max_completion_tokens}, which differ"
+            )
+            raise refused("bad_fields", found=found)
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
             json.dumps([prompt, stop], ensure_ascii=False).encode()
@@ -312,13 +319,13 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             raise refused("no_text", error=error) from None
         if not backend.table.number:
             raise BusyError(refusal("starting"))
-        shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
+        shares = backend.table.shares(asked.model, base)
         # OpenAI's field for the state of the server holds the versions that answer
         versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
         how = asked.model_dump(include=SAMPLING)
-        how |= dict(prompt=prompt, shares=shares, max_tokens=most, stop=stop, logprobs=logprobs)
+        how |= dict(prompt=prompt, shares=shares, max_tokens=next(iter(lengths), None), stop=stop, logprobs=logprobs)
         requests = [Request(**how, is_streamed=bool(asked.stream))] * (asked.n or 1)
         if asked.seed is not None:
             requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]

@@ -1,7 +1,6 @@
 """What a server is started with: checked before anything starts, and the same with Ray Serve and without."""
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..beyond.base_values import copies_for
 from ..core.errors import HotswapError, listing, refusal, refused
+from ..core.numerals import integer
 from ..files.hub import fetch
 from ..files.reading import read
 from .replica import Options, Replica
@@ -113,10 +113,10 @@ def _number(name: str, value: object) -> int:
     least = int(default > 0 and default is not True)
     if isinstance(default, bool):
         text = {"true": "1", "false": "0"}.get(text, text)
-    # not all that Python reads, such as 1_0 for 10, nor more digits than it does
-    if re.fullmatch("[0-9]{1,18}", text) and int(text) >= least:
-        return int(text)
-    raise refused("bad_number", name=name, value=value, least=least)
+    number = integer(text)
+    if number is None or number < least:
+        raise refused("bad_number", name=name, value=value, least=least)
+    return number
 
 
 def _for_base(options: Options, base: str) -> Options:
