@@ -73,7 +73,7 @@ def held(locks: tuple) -> list[str]:
     for base, turn in list(turns._turns.items()):
         found += [f"a block of {type(base).__name__} to {each.kind}" for each in (*turn.open, *turn.queue)]
         found += [f"the lock of {type(base).__name__}"] * turn.lock._is_owned()
-    return found + ["the exchange of files"] * saving._exchanging.locked()
+    return found + ["the exchange of files"] * saving._replacing.locked()
 
 
 def around() -> dict:
