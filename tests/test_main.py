@@ -39,7 +39,7 @@ from transformers import (
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import Told, _as_json, _parser, main, show
+from hotswap_lab.__main__ import Result, _as_json, _parser, main, show
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.files import ADVICE
 from hotswap_lab.lessons import tour
@@ -209,7 +209,7 @@ def test_the_commands_say_what_they_take(capsys):
         (["serve", "--set", "rows"], 2, "rows is not NAME=VALUE"),
         (["serve", "--port=-1"], 2, "--port: -1 is not an integer from 0 to 65535"),
         (["serve", "--port", "65536"], 2, "--port: 65536 is not an integer from 0 to 65535"),
-        (["tour", "--repeats", "0"], 2, "--repeats: 0 is not an integer >= 1"),
+        (["tour", "--repeats", "0"], 2, "--repeats: 0 is not an integer from 1 to 1000000"),
         (["tour", "--threads", "1_0"], 2, "--threads: 1_0 is not an integer from 1 to 1024"),
         (["nothing"], 2, "invalid choice"),
     ],
@@ -257,7 +257,7 @@ def test_an_adapter_of_another_base_names_both(capsys, tmp_path, command, is_kno
 
 def test_json_has_no_nan(capsys, monkeypatch):
     def show(adapter):
-        return Told("", ok=True, adapters=[], damaged=[], size=float("nan"))
+        return Result("", ok=True, adapters=[], damaged=[], size=float("nan"))
 
     monkeypatch.setattr("hotswap_lab.__main__.show", show)
     assert main(["--json", "show", demo.adapter_path("sort")]) == 0

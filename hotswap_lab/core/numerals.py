@@ -6,14 +6,12 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 DECIMAL: re.Pattern[str] = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-#: of all integers: more digits than 18 are a mistake, and Python refuses to read thousands
-HIGHEST = 10**18 - 1
-#: that torch can be told to use: it starts all of them at once
-MOST_THREADS = 1024
+#: torch starts all of its threads at once, and Python reads no number of thousands of digits
+MOST_THREADS, MOST_TIMES, MOST_RANK = 1024, 10**6, 10**6
 
 
 def integer(text: str) -> int | None:
-    """The integer that a text is, from 0 to :data:`HIGHEST`; None if it is anything else.
+    """Read an integer from 0 to 10**18 - 1; return None for any other text.
 
     >>> integer("10"), integer("1_0"), integer("-1")
     (10, None, None)
@@ -22,7 +20,7 @@ def integer(text: str) -> int | None:
 
 
 def decimal(text: str) -> float | None:
-    """The finite number that a text is; None if it is anything else.
+    """Read a finite number; return None for any other text.
 
     >>> decimal("-.5"), decimal("1_0"), decimal("1e999")
     (-0.5, None, None)
@@ -31,14 +29,13 @@ def decimal(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def integer_from(least: int, most: int = HIGHEST) -> Callable[[str], int]:
+def integer_from(least: int, most: int) -> Callable[[str], int]:
     """Make the ``type`` of an argument of argparse that is an integer between two bounds."""
 
     def read(text: str) -> int:
         number = integer(text)
         if number is None or not least <= number <= most:
-            expected = f">= {least}" if most == HIGHEST else f"from {least} to {most}"
-            raise ArgumentTypeError(f"{text} is not an integer {expected}")
+            raise ArgumentTypeError(f"{text} is not an integer from {least} to {most}")
         return number
 
     return read

@@ -1,5 +1,6 @@
 """Summaries of adapters for ``hotswap-lab show``: the config, and the shapes of the weights."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,18 +45,21 @@ def summary_of(source: str | Path) -> Summary:
     """
     # here, because these import torch
     from ..core.settings import damaged_values
-    from .reading import find_source, read_tensors
+    from .reading import Adapter, find_source
     from .sources import read_config
 
     folder, name = find_source(source, {}), str(source)
     config = read_config(folder)
     if damaged := damaged_values(config):
         raise HotswapError(*(replace(refusal, found=f"{name}: {refusal.found}") for refusal in damaged))
-    # for one swap: a file that is mapped into memory is not read, because nothing looks at the values
-    _, (tensors, _) = read_tensors(folder, "cpu", None, for_one_swap=True)
-    keys = {key: key.partition(".lora_") for key in tensors}
+    try:
+        shapes, nbytes = _header(Path(folder.folder_with_weights(), "adapter_model.safetensors"))
+    except Exception:  # of any type: the file has an older format, or is damaged
+        adapter = Adapter.load(name)
+        shapes, nbytes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}, adapter.nbytes
+    keys = {key: key.partition(".lora_") for key in shapes}
     layers = {layer if is_lora else key.rpartition(".")[0] for key, (layer, is_lora, _) in keys.items()}
-    ranks = {len(tensors[key]) for key, (*_, end) in keys.items() if end.split(".")[0] in ("A", "embedding_A")}
+    ranks = {shapes[key][0] for key, (*_, end) in keys.items() if end.split(".")[0] in ("A", "embedding_A")}
     alphas = {getattr(config, field, None) for field in ("lora_alpha", "alpha")} - {None}
     alphas |= {*(getattr(config, "alpha_pattern", None) or {}).values()}
     base = config.base_model_name_or_path
@@ -66,5 +70,17 @@ def summary_of(source: str | Path) -> Summary:
         alphas=tuple(sorted(alphas)),
         layers=len(layers),
         base=base if isinstance(base, str) else None,
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        nbytes=nbytes,
     )
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Read the shapes of a safetensors file by name, and the bytes of all tensors, from its header alone."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, 100_000_000)))
+    header.pop("__metadata__", None)
+    nbytes = path.stat().st_size - length - 8
+    if max((entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
+        raise ValueError("the file is incomplete")
+    return {key: tuple(entry["shape"]) for key, entry in header.items()}, nbytes
