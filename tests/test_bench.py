@@ -255,3 +255,10 @@ def test_the_measurement_runs_smollm2():
         svg = first.drawn(measured, *form).svg
         assert svg.count(" ms</text>") == 8
     assert first.with_times(first.README.read_text(encoding="utf-8"), measured)
+
+
+@pytest.mark.parametrize(("option", "text"), [("--n", "0"), ("--threads", "-1"), ("--rank", "1_0")])
+def test_numbers_that_are_refused(capsys, option, text):
+    with pytest.raises(SystemExit, match="2"):
+        main([option, text])
+    assert f"argument {option}: {text} is not an integer" in capsys.readouterr().err

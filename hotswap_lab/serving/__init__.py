@@ -18,7 +18,7 @@ __all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "S
 
 
 def app(args: dict[str, Any]) -> Any:
-    """The application, for ``serve run hotswap_lab.serving:app`` and ``serve.run(app({}))``.
+    """Build the application, for ``serve run hotswap_lab.serving:app`` and ``serve.run(app({}))``.
 
     Parameters
     ----------
