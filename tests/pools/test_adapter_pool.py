@@ -437,7 +437,7 @@ def test_what_an_optimizer_wrote_into_the_padding_is_gone_after_a_swap(sources, 
     pool.swap("a")
     train(model, optimizer)
     refused("can't be saved as it is", save_adapter, model, tmp_path / "saved")
-    with pytest.warns(UserWarning, match="make a new one after a swap"):
+    with pytest.warns(UserWarning, match="Make a new optimizer after a swap"):
         model.state_dict()
     pool.swap("d") if way == "pool" else hotswap_adapter(model, sources["d"], "default")
     assert_is(model, sources["d"], is_trainable=True)
