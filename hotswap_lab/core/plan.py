@@ -201,7 +201,7 @@ class Plan:
     @property
     def answer(self) -> tuple[object, ...]:
         """The report that the user saw, and the state that it is about, in a form that can be compared."""
-        layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
+        layers = [(layer.path, layer.action, layer.rank_before, layer.settings) for layer in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
         return str(self), layers, writes, self.config.to_dict()
 
@@ -228,7 +228,7 @@ class Plan:
             return False
         # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
-            changes(each.layer.module, name, each.settings) for each in self.layers
+            changes(layer.layer.module, name, layer.settings) for layer in self.layers
         )
 
     @property
@@ -280,10 +280,10 @@ class Plan:
 
 
 def _write_layers(plan: Plan, journal: Journal) -> None:
-    slot, layers = plan.slot, [each.layer for each in plan.layers]
+    slot, layers = plan.slot, [layer.layer for layer in plan.layers]
     clear_gradients(slot.parameters, journal)
     # layers that are added come last, without an entry in `prepared`
     for layer, is_fixed in zip(layers, plan.prepared, strict=False):
         if is_fixed:
             mark(layer.module, PREPARED_ATTRIBUTE, slot.adapter_name, True, journal)
-    write_settings(slot, layers, [each.settings for each in plan.layers], journal)
+    write_settings(slot, layers, [layer.settings for layer in plan.layers], journal)

@@ -115,7 +115,7 @@ class Slot:
         Its tensors must then be written in inference mode. Tensors made in it would make any other model untrainable.
         """
         # prompts are in no layer; then the model's own weights decide
-        return True in [each.is_inference() for each in self.parameters or self.host.carrier.parameters()]
+        return True in [parameter.is_inference() for parameter in self.parameters or self.host.carrier.parameters()]
 
     def write_mode(self) -> torch.inference_mode:
         """Inference mode if the adapter was loaded in it, and normal mode if not, regardless of the caller's mode."""
@@ -142,7 +142,7 @@ class Slot:
 
     def forget(self, *ends: Ends) -> None:
         """Forget the results that end now. Their tables are replaced, because another thread may be reading them."""
-        self._results = self._results | {each: {} for each in ends}
+        self._results = self._results | {end: {} for end in ends}
 
     def record_links(self) -> None:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
@@ -261,7 +261,9 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
     alike = None if any(getattr(config, pattern) for pattern in PATTERNS) else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
-        shapes = None if settings.rank % tensors[0].rank_step else [each.shape_for(settings.rank) for each in tensors]
+        shapes = (
+            None if settings.rank % tensors[0].rank_step else [tensor.shape_for(settings.rank) for tensor in tensors]
+        )
         expected.append(Expected(settings, is_targeted(config, layer.path), shapes))
     return expected
 
@@ -363,7 +365,7 @@ def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
     """Find everything in a model that belongs to an adapter. The first method that takes its config is used."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # raises
-    method = next(each for each in methods if each.takes(host.configs[adapter_name]))
+    method = next(method for method in methods if method.takes(host.configs[adapter_name]))
     found: dict[torch.nn.Module, tuple[tuple[SlotTensor, ...], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
         if module in found:

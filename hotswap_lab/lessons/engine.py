@@ -32,7 +32,7 @@ def gains_of(draft: Plan) -> dict[str, float]:
     >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(gains_of(draft)))
     {'model.layers.0.mlp.up_proj': 0.5}
     """
-    return {key.removesuffix(GAIN): float(each) for key, each in draft.adapter.tensors.items() if key.endswith(GAIN)}
+    return {key.removesuffix(GAIN): float(gain) for key, gain in draft.adapter.tensors.items() if key.endswith(GAIN)}
 
 
 @dataclass(eq=False)
@@ -80,7 +80,7 @@ def gains(solution):
     with_gains(model, tensors, solution)
     after = scalings()
     yield "14 layers off", after[:14], [0.0] * 14
-    yield "14 layers twice as strong", after[14:], [2 * each for each in before[14:]]
+    yield "14 layers twice as strong", after[14:], [2 * scaling for scaling in before[14:]]
     more = {**tensors, f"model.layers.9.mlp.up_proj{GAIN}": torch.tensor(1.0)}
     yield "a layer that is not there is refused", refused(lambda: with_gains(model, more, solution)), "ValueError"
     yield "and nothing is written then", scalings(), after
@@ -130,5 +130,5 @@ def search(solution):
     yield "without a mistake, all four are right", found(), dict.fromkeys(files, right)
     for file, mistake in files.items():
         with mistake:
-            wrong = [each for each, value in found().items() if value != right]
-        yield f"a mistake in {file} is found there", [each for each in files if each in wrong][:1], [file]
+            wrong = [name for name, value in found().items() if value != right]
+        yield f"a mistake in {file} is found there", [name for name in files if name in wrong][:1], [file]
