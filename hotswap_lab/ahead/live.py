@@ -33,7 +33,7 @@ LABELS = {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "labe
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
 LABELS |= {"gradient_checkpointing", "generation_config", "tokenizer_class"}
 #: set on a layer where an adapter has been off
-LABELS |= {"merge"}
+LABELS |= {"merge", "delete_adapter"}
 #: token ids that generating reads, and in models that aren't causal also the forward
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
 #: the module of hooks that transformers adds in a forward; they do nothing unless it asks for their output

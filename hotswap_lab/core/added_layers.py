@@ -41,7 +41,7 @@ def adaptable(base: torch.nn.Module, key: str) -> str | None:
 
 
 def build_added_layers(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLayer]:
-    """New LoRA layers for the slot's adapter name and ``config``, not attached; ``ranks`` are by their paths.
+    """Build LoRA layers for the slot's adapter name and ``config``, without attaching them; ``ranks`` are by path.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def _build(slot: Slot, config: Config, ranks: Mapping[str, int]) -> list[SlotLay
         warnings.simplefilter("ignore")
         # on the meta device, so that none of the user's random numbers are drawn
         inject_adapter_in_model(config, twins, slot.adapter_name, low_cpu_mem_usage=True)
-        return [_finished(slot, *each) for each in zip(ranks, twins, base_layers, strict=True)]
+        return [_finished(slot, *parts) for parts in zip(ranks, twins, base_layers, strict=True)]
 
 
 def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
@@ -85,7 +85,7 @@ def _base_layer(slot: Slot, path: str) -> torch.nn.Module:
 
 
 def _frozen_twin(module: torch.nn.Module) -> torch.nn.Module:
-    """A second module around the same memory, because PEFT freezes the parameters of the module that it gets."""
+    """Return a second module around the same memory, because PEFT freezes the parameters of the module that it gets."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
     twin._parameters = dict(module._parameters)

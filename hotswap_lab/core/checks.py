@@ -20,8 +20,8 @@ ADAPTABLE = (*STORED, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multihea
 
 def check_containers(plan: Plan) -> None:
     """Refuse a config that targets a module with children: PEFT can't load it, so saved adapters couldn't be loaded."""
-    if plan.check_targets and (found := plan.slot.once_for(plan.config, _container_named)):
-        path, kind = found
+    if plan.check_targets and (container := plan.slot.once_for(plan.config, _container_named)):
+        path, kind = container
         plan.refuse("targets_a_container", path=path, target_modules=plan.config.target_modules, kind=kind)
 
 
@@ -39,15 +39,15 @@ def correct_fan_in_fan_out(plan: Plan) -> None:
     layers = plan.layers
     if plan.slot.once(_has_conv1d):  # added layers come last, wherever they are in the model
         order = {path: number for number, (path, _) in enumerate(plan.slot.walk)}
-        layers = sorted(layers, key=lambda each: order[each.path])
-    for each in reversed(layers):
-        if each.settings is not None and isinstance(base := each.layer.module.get_base_layer(), STORED):
+        layers = sorted(layers, key=lambda layer: order[layer.path])
+    for layer in reversed(layers):
+        if layer.settings is not None and isinstance(base := layer.layer.module.get_base_layer(), STORED):
             plan.config.fan_in_fan_out = isinstance(base, Conv1D)
             return
 
 
 def _has_conv1d(slot: Slot) -> bool:
-    return True in [isinstance(module, Conv1D) for module in slot.modules]
+    return any(isinstance(module, Conv1D) for module in slot.modules)
 
 
 def note_missing_targets(plan: Plan) -> None:
@@ -64,8 +64,8 @@ def note_other_base(plan: Plan) -> None:
     It is not a refusal, because a fine-tune or a copy may fit, too. It is also a warning if both names are ids of Hub
     repositories.
     """
-    if found := plan.slot.once_for(plan.adapter.config, other_base):
-        both, on_hub = found
+    if bases := plan.slot.once_for(plan.adapter.config, other_base):
+        both, on_hub = bases
         plan.notes.append(both + FITS)
         if on_hub:
             plan.warnings.append(both + FITS)

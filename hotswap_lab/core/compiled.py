@@ -1,4 +1,4 @@
-"""Finds the compiled code in a model, and tells whether its graphs would notice that an adapter was swapped.
+"""Finds the compiled code in a model, and checks whether its graphs would notice that an adapter was swapped.
 
 A compiled graph reads the adapter's tensors anew at each call, so it sees values that are written in place. Everything
 else (shapes, Python numbers, types of modules) is fixed in the graph and checked by guards. Two compiler settings break
@@ -44,9 +44,9 @@ def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -
     >>> len(compiled_in(torch.compile(torch.nn.Linear(2, 2), backend="eager"))) > 0
     True
 
-    A plain loop, since every swap does this and models have thousands of modules. ``known`` is the result of an earlier
-    walk: a module, then all modules below it. Of a tuner layer, only the base layer is searched: the adapters' own
-    small modules are the majority of all modules.
+    A plain loop, because every swap does this and models have thousands of modules. ``known`` is the result of an
+    earlier walk: a module, then all modules below it. Of a tuner layer, only the base layer is searched: the adapters'
+    own small modules are the majority of all modules.
     """
     modules: list[torch.nn.Module] = []
     stack, seen = [model], set()
@@ -65,9 +65,9 @@ def compiled_in(model: torch.nn.Module, known: Sequence[torch.nn.Module] = ()) -
     compiled: list[object] = [module for module in modules if COMPILED in module._modules]
     tables = [module.__dict__ for module in modules]
     for name in CALLABLES:
-        found = [table[name] for table in tables if name in table]
-        # a bound method passes on the attributes of its function, so that hasattr finds it, too
-        compiled += [each for each in found if hasattr(each, "_torchdynamo_orig_callable")]
+        callables = [table[name] for table in tables if name in table]
+        # hasattr finds the attribute on bound methods, too: they pass on the attributes of their functions
+        compiled += [function for function in callables if hasattr(function, "_torchdynamo_orig_callable")]
     return compiled
 
 
@@ -82,7 +82,9 @@ class Listeners(list[Callable[[Any], None]]):
 
     def clear(self) -> None:
         frozen.clear()
-        self[:] = [each for each in self if (getattr(each, "__module__", None) or "").startswith("hotswap_lab.")]
+        self[:] = [
+            function for function in self if (getattr(function, "__module__", None) or "").startswith("hotswap_lab.")
+        ]
 
 
 def listen(listener: Callable[[Any], None]) -> None:
@@ -98,18 +100,19 @@ def _note_freezing(_: object) -> None:
     if not compat.inductor_config.freezing:
         return
     frame: Any = sys._getframe()
-    called: list[object] = []
+    modules: list[torch.nn.Module] = []
     while frame is not None:
-        called.append(frame.f_locals.get("self"))
+        if isinstance(called := frame.f_locals.get("self"), torch.nn.Module):
+            modules.append(called)
         frame = frame.f_back
-    frozen.extend([weakref.ref(each) for each in called if isinstance(each, torch.nn.Module)] or [None])
+    frozen.extend(map(weakref.ref, modules) if modules else [None])
 
 
 def frozen_in(base: torch.nn.Module) -> str | None:
     """The reason why code that was compiled with freezing on may keep an old adapter of this base; None if none was."""
     with contextlib.suppress(ImportError):
         listen(_note_freezing)
-    modules = [module for each in frozen if each and (module := each()) is not None]
+    modules = [module for reference in frozen if reference and (module := reference()) is not None]
     if None in frozen or any(base in module.modules() or module in base.modules() for module in modules):
         setting = "torch._inductor.config.freezing was on"
         return f"it was compiled while {setting}, {FREEZING}; torch.compiler.reset() drops such graphs"
@@ -137,16 +140,16 @@ def blind_spot(base: torch.nn.Module, compiled: list[object], prepared: bool) ->
     # this imports the compiler, if nothing else has
     if compat.inductor_config.freezing:
         return f"torch._inductor.config.freezing is on, {FREEZING}"
-    contexts = [_compile_context_of(each) for each in compiled]
+    contexts = list(map(_compile_context_of, compiled))
     if any((getattr(context, "compiler_config", None) or {}).get("freezing") for context in contexts):
         return f"the model was compiled with freezing, {FREEZING}"
     if prepared:
         return None
     if getattr(compat.eval_frame._stance, "skip_guard_eval_unsafe", False):
         return "torch.compiler.set_stance(skip_guard_eval_unsafe=True) is on, so guards are not evaluated"
-    for each in contexts:
-        # torch 2.8 stores the hooks in what the context calls
-        hooks = getattr(each, "_hooks", None) or getattr(getattr(each, "callback", None), "hooks", None)
+    for context in contexts:
+        # torch 2.8 stores the hooks on the callback of the context
+        hooks = getattr(context, "_hooks", None) or getattr(getattr(context, "callback", None), "hooks", None)
         if getattr(hooks, "guard_filter_fn", None) is not None:
             return "the model was compiled with a guard_filter_fn, so guards may be missing"
     return None
@@ -160,16 +163,26 @@ def guards_are_skipped() -> bool:
         return False
 
 
-def _compile_context_of(each: Any) -> object | None:
-    """The compile context of a module or function. A function stores it only in its closure."""
-    if isinstance(each, torch.nn.Module):
-        return each.__dict__.get("dynamo_ctx")
-    while each is not None:
-        for cell in getattr(getattr(each, "__func__", each), "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # the cell is empty
-                if compat.is_a(cell.cell_contents, "DynamoContext"):
-                    return cell.cell_contents
-        each = getattr(each, "__wrapped__", None)  # of a compiled forward, what a hook of accelerate has put around it
+def _compile_context_of(compiled: Any) -> object | None:
+    """Return the compile context of a compiled module or function; None if it has none."""
+    if isinstance(compiled, torch.nn.Module):
+        return compiled.__dict__.get("dynamo_ctx")
+    function = compiled
+    while function is not None:
+        if (context := _context_in_closure(function)) is not None:
+            return context
+        # a hook of accelerate puts another function around a compiled forward
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _context_in_closure(function: Any) -> object | None:
+    """Return the compile context that a compiled function stores in its closure; None if there is none."""
+    plain_function = getattr(function, "__func__", function)
+    for cell in getattr(plain_function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # the cell is empty
+            if compat.is_a(cell.cell_contents, "DynamoContext"):
+                return cell.cell_contents
     return None
 
 

@@ -18,7 +18,7 @@ LONGEST = 600
 
 @dataclass(frozen=True)
 class Refusal:
-    """A reason to refuse a swap: a one-line summary, what was found, what was expected, and what to do next."""
+    """A reason to refuse a swap: a one-line summary, the facts found, the facts expected, and the next step."""
 
     summary: str
     found: str
@@ -69,8 +69,10 @@ class HotswapError(ValueError, RuntimeError):
         self.refusals = refusals
         lines = list(map(str, refusals))
         if len(refusals) > self.SHOWN:
-            first = {each.next_step: each for each in reversed(refusals)}
-            lines = [str(each) for each in refusals if each is first[each.next_step]][: self.SHOWN]
+            by_next_step: dict[str, Refusal] = {}
+            for reason in refusals:
+                by_next_step.setdefault(reason.next_step, reason)
+            lines = [str(reason) for reason in [*by_next_step.values()][: self.SHOWN]]
             lines.append(f"... and {len(refusals) - len(lines)} more, all in the `refusals` of this error")
         super().__init__("\n".join(lines))
 
@@ -95,7 +97,7 @@ def refusal(which: str, /, **values: object) -> Refusal:
       next:     call model.unmerge_adapter() (diffusers: unfuse_lora()) first
     """
     text = _texts()[which]
-    values = {key: first_line(each) if isinstance(each, BaseException) else each for key, each in values.items()}
+    values = {key: first_line(value) if isinstance(value, BaseException) else value for key, value in values.items()}
     parts = (text[part].replace("\n", " ").format_map(values) for part in ("summary", "found", "expected", "next"))
     return Refusal(*parts)
 
@@ -111,12 +113,12 @@ def refused(which: str, /, **values: object) -> HotswapError:
 
 
 def advise(error: HotswapError, texts: Mapping[str, str]) -> HotswapError:
-    """The same error, with other words in its advice."""
+    """Return the same error with other words in its advice: each key of ``texts`` is replaced by its value."""
 
     def replaced(text: str) -> str:
         return functools.reduce(lambda text, old: text.replace(old, texts[old]), texts, text)
 
-    return HotswapError(*(replace(each, next_step=replaced(each.next_step)) for each in error.refusals))
+    return HotswapError(*(replace(reason, next_step=replaced(reason.next_step)) for reason in error.refusals))
 
 
 def listing(names: Iterable[object], limit: int = 5) -> str:

@@ -101,7 +101,7 @@ def hosts_in(owner: object) -> list[Host]:
     models = [owner]
     if not isinstance(owner, torch.nn.Module):
         models = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "model", None)]  # a panel's is found
-    modules = dict.fromkeys(each for each in models if isinstance(each, torch.nn.Module))
+    modules = dict.fromkeys(model for model in models if isinstance(model, torch.nn.Module))
     return [host for module in modules for host in carriers(module) if host.configs]
 
 
@@ -132,8 +132,8 @@ def find_host(model: torch.nn.Module, adapter_name: str) -> Host:
         raise refused("no_adapters_in_model", name=type(model).__name__)
     if not (matching := [host for host in hosts if adapter_name in host.configs]):
         names = sorted({name for host in hosts for name in host.configs})
-        found = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
-        raise refused("no_such_adapter", adapter_name=adapter_name, found=found)
+        present = f"the adapters {listing(map(repr, names))}" if names else "no adapter that is left"
+        raise refused("no_such_adapter", adapter_name=adapter_name, found=present)
     # PEFT stores adapters in the base's layers by their names: those of a model inside would be taken for these prompts
     if matching[0].configs[adapter_name].is_prompt_learning and (inner := _carrier(model, matching[0].base)):
         matching += [inner] * (adapter_name in inner.configs)
@@ -150,18 +150,19 @@ def modules_in(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     modules. A tuner layer around another one (``PeftMixedModel``) adds no level: adapter files name the inner one by
     the path of the layer that both adapt.
     """
-    found: list[tuple[str, torch.nn.Module]] = []
+    modules: list[tuple[str, torch.nn.Module]] = []
     stack: list[tuple[str, torch.nn.Module]] = [("", base)]
     while stack:
         path, module = stack.pop()
-        found.append((path, module))
+        modules.append((path, module))
         if isinstance(module, BaseTunerLayer):
             while isinstance(module := module._modules.get("base_layer"), BaseTunerLayer):
-                found.append((path, module))
+                modules.append((path, module))
             if module is None:
                 continue
             path = f"{path}.base_layer"
         for name, child in reversed(module._modules.items()):
             if child is not None:
-                stack.append((path if name == COMPILED else f"{path}.{name}" if path else name, child))
-    return found
+                child_path = f"{path}.{name}" if path else name
+                stack.append((path if name == COMPILED else child_path, child))
+    return modules

@@ -1,4 +1,4 @@
-"""Loaded: what is in a model now."""
+"""Loaded: a record of each adapter that is in a model now."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,9 @@ from .tensors import have_same_values
 
 #: the origin of an adapter that PEFT loaded
 UNKNOWN = "unknown", None, None
-#: what goes with a note that an adapter was made for another base model, if its shapes fit
+#: ends a note that an adapter was made for another base model, if its shapes fit
 FITS = "; that the shapes fit does not make it right"
-#: what a refusal says that may come from an adapter of another base model
+#: words of a refusal that an adapter of another base model may cause
 ABOUT_BASE = re.compile("for the same base model|this base model")
 #: the columns of a table
 HEADER = ("adapter", "state", "now", "method", "rank", "strength", "source", "since")
@@ -59,16 +59,16 @@ class Loaded:
         adapter.
     source, revision:
         The folder or Hub id that it was read from, and the commit on the Hub: the weights in the model are compared
-        with the file, or with what a pool has packed. ``"a state dict"`` for tensors from memory, which are not there
-        to be compared. ``"unknown"`` for an adapter that PEFT loaded or that was trained since the swap, and if the
+        with the file, or with the weights that a pool has packed. ``"a state dict"`` for tensors from memory, which
+        can't be compared later. ``"unknown"`` for an adapter that PEFT loaded or that was trained after the swap, and if the
         file is gone, has other weights now, or the model is spread over processes.
     when:
         When a swap put it in, or the rows were assigned; None if the source is unknown.
     file:
         The path of its weights, the file's inode, size and time when it was read, and the ``key_mapping``.
     note:
-        That it was made for another base model, if its config says so; and what a swap has put in, if the source is
-        unknown now.
+        That it was made for another base model, if its config names one; and the source of the last swap, if the
+        source of the present weights is unknown.
     """
 
     model: str
@@ -88,19 +88,19 @@ class Loaded:
 
     @property
     def sha256(self) -> str | None:
-        """The hash of the adapter's file, which is read now; None if it was changed since, or there is none."""
+        """The hash of the adapter's file, which is read now; None if it has changed after the swap, or is gone."""
         path, *stamp = (self.file or [""])[:4]
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if stamp == [found.st_ino, found.st_size, found.st_mtime_ns]:
+            status = os.fstat(file.fileno())
+            if stamp == [status.st_ino, status.st_size, status.st_mtime_ns]:
                 return hashlib.sha256(file.read()).hexdigest()
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON; with the hash."""
+        """Return all fields and the hash, for JSON."""
         when = self.when and self.when.isoformat(timespec="seconds")
         now = dataclasses.asdict(self) | {"when": when, "file": self.file and self.file[0], "sha256": self.sha256}
-        return now | {"rows": [each.as_dict() for each in self.rows]}
+        return now | {"rows": [row.as_dict() for row in self.rows]}
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class Loaded:
         strength = "-" if self.strength is None else f"{self.strength:g}"
         source = f"{self.source} @ {self.revision[:8]}" if self.revision else self.source
         when = f"{self.when:%Y-%m-%d %H:%M:%S}" if self.when else "-"
-        now = " | ".join([names_of(each.mix or each.member) for each in self.rows or [self]])
+        now = " | ".join([names_of(row.mix or row.member) for row in self.rows or [self]])
         return self.adapter_name, self.state, now, self.method, ranks, strength, source, when
 
     def __str__(self) -> str:
@@ -127,17 +127,18 @@ class LoadedList(list[Loaded]):
     """A :class:`Loaded` for each adapter in a model, which prints as a line each, and as a table in a notebook."""
 
     def __repr__(self) -> str:
-        several = len({each.model for each in self}) > 1
-        return "\n".join(f"{each.model}, {each}" if several else str(each) for each in self) or "no adapters"
+        several = len({adapter.model for adapter in self}) > 1
+        lines = [f"{adapter.model}, {adapter}" if several else str(adapter) for adapter in self]
+        return "\n".join(lines) or "no adapters"
 
     def _repr_html_(self) -> str:
-        notes = [f"{each.adapter_name}: {each.note}" for each in self if each.note]
-        title = " and ".join({each.model: 0 for each in self})
-        return html_table(title, HEADER, [each.row for each in self], notes=notes)
+        notes = [f"{adapter.adapter_name}: {adapter.note}" for adapter in self if adapter.note]
+        title = " and ".join(dict.fromkeys(adapter.model for adapter in self))
+        return html_table(title, HEADER, [adapter.row for adapter in self], notes=notes)
 
 
 def names_of(owner: object) -> str:
-    """A pool's name for weights, as text.
+    """Return a pool's name for weights, as text.
 
     >>> names_of({"shout": 0.7, "sort": 0.3}), names_of(None)
     ('0.7 shout + 0.3 sort', '-')
@@ -147,58 +148,69 @@ def names_of(owner: object) -> str:
 
 
 def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
-    """The :class:`Loaded` of a slot that was just found; ``is_new`` if a swap has just written it."""
+    """Return the :class:`Loaded` of a slot that was just found; ``is_new`` if a swap has just written it."""
     noted = vars(slot.config) if has_been_swapped(slot.host.base, slot.adapter_name) else {}
     room, owner, strength, ranks = slot.room, None, None, ranks_before(slot)
     assigned = room.assigned if room is not None else ()
     origin, when = noted.get(ORIGIN), noted.get(WHEN)
     when = when and datetime.fromtimestamp(when).astimezone()
-    with contextlib.suppress(HotswapError):  # it is of another method, or has different ones
+    with contextlib.suppress(HotswapError):  # an adapter of another method, or layers with different strengths
         strength = strength_of(slot)
     if room is not None and not assigned:
         owner = room.state.owner
         # of a pool's adapter that PEFT loaded, only the pool knows the source
         origin = noted.get(ORIGIN, vars(room.state.config).get(ORIGIN))
     note = ""
-    if origin and not assigned and not is_new and not _is_there(slot, origin, getattr(owner, "bands", None)):
-        note, origin, owner = _lost(origin), UNKNOWN, None
+    if origin and not assigned and not is_new and not _is_in_model(slot, origin, getattr(owner, "bands", None)):
+        note, origin, owner = _note_on_last(origin), UNKNOWN, None
     if slot.method.is_lora and not any(ranks):
         strength = 0.0
     kind, state = kind_of(slot.config), state_of(slot)
 
-    def one(
+    def describe(
         name: str, owner: Any, ranks: Iterable, strength: float | None, origin: Any, config: Config, note: str = ""
     ) -> Loaded:
-        own, (source, revision, file) = tuple(sorted({rank for rank in ranks if rank})), origin or UNKNOWN
-        # a member of a pool has a name, and a mix has weights
-        member, mix = getattr(owner, "name", None), getattr(owner, "weights", None)
-        other, base = config and other_base(slot, config), type(slot.host.base).__name__
-        remarks = "; ".join(filter(None, [other and f"{other[0]}{FITS}", note])) or None
-        since = None if origin is UNKNOWN else when
-        return Loaded(base, name, kind, state, own, strength, member, mix, (), source, revision, since, file, remarks)
+        source, revision, file = origin or UNKNOWN
+        bases = config and other_base(slot, config)
+        return Loaded(
+            model=type(slot.host.base).__name__,
+            adapter_name=name,
+            method=kind,
+            state=state,
+            ranks=tuple(sorted({rank for rank in ranks if rank})),
+            strength=strength,
+            member=getattr(owner, "name", None),  # a member of a pool has a name, and a mix has weights
+            mix=getattr(owner, "weights", None),
+            rows=(),
+            source=source,
+            revision=revision,
+            when=None if origin is UNKNOWN else when,
+            file=file,
+            note="; ".join(filter(None, [bases and f"{bases[0]}{FITS}", note])) or None,
+        )
 
-    def of_row(number: int, packed: Packed | None) -> Loaded:
+    def describe_row(number: int, packed: Packed | None) -> Loaded:
         name = f"{slot.adapter_name}, row {number}"
         if packed is None:
-            return one(name, None, (), 0.0, ("the base model", None, None), None)
-        now, own = packed.state, strength and round(strength * float(strengths_of(packed).median()), 6)
+            return describe(name, None, (), 0.0, ("the base model", None, None), None)
+        now, own_strength = packed.state, strength and round(strength * float(strengths_of(packed).median()), 6)
         owner, origin, note = now.owner, vars(now.config).get(ORIGIN), ""
         # the parameters are views of row 0; other code doesn't reach the others
-        if number == 0 and not is_new and not _is_there(slot, origin, packed.bands):
-            owner, origin, note = None, UNKNOWN, _lost(origin)
-        return one(name, owner, now.ranks, own, origin, now.config, note)
+        if number == 0 and not is_new and not _is_in_model(slot, origin, packed.bands):
+            owner, origin, note = None, UNKNOWN, _note_on_last(origin)
+        return describe(name, owner, now.ranks, own_strength, origin, now.config, note)
 
     if not assigned:
-        return one(slot.adapter_name, owner, ranks, strength, origin, slot.config, note)
-    rows = tuple(itertools.starmap(of_row, enumerate(assigned)))
-    ranks = [rank for each in rows for rank in each.ranks]
-    now = one(slot.adapter_name, None, ranks, strength, ("the rows of a pool", None, None), None)
-    note = "; ".join(dict.fromkeys(each.note for each in rows if each.note)) or None
+        return describe(slot.adapter_name, owner, ranks, strength, origin, slot.config, note)
+    rows = tuple(itertools.starmap(describe_row, enumerate(assigned)))
+    ranks = [rank for row in rows for rank in row.ranks]
+    now = describe(slot.adapter_name, None, ranks, strength, ("the rows of a pool", None, None), None)
+    note = "; ".join(dict.fromkeys(row.note for row in rows if row.note)) or None
     return dataclasses.replace(now, rows=rows, note=note)
 
 
-def _is_there(slot: Slot, origin: Any, bands: Sequence[torch.Tensor] | None) -> bool:
-    """Whether the weights that a swap put in are those of the model now, as far as something is left of them."""
+def _is_in_model(slot: Slot, origin: Any, bands: Sequence[torch.Tensor] | None) -> bool:
+    """Whether the weights that a swap put in are those of the model now, as far as there is a copy to compare with."""
     room, file = slot.room, origin and origin[2]
     if bands is not None:
         pairs = [(band.memory, own, len(own)) for band, own in zip(room.bands, bands, strict=True)]
@@ -206,12 +218,13 @@ def _is_there(slot: Slot, origin: Any, bands: Sequence[torch.Tensor] | None) -> 
     return file.is_in(slot) if file else room is None or not room.is_touched
 
 
-def _lost(origin: Any) -> str:
+def _note_on_last(origin: Any) -> str:
+    """The note on an adapter whose weights may have been replaced after the last swap."""
     return f"the last swap put in {escaped(origin[0])}; it can't be shown that its weights are in the model now"
 
 
 def state_of(slot: Slot) -> str:
-    """What a forward does with the adapter, as in :class:`Loaded`."""
+    """Return the adapter's state in a forward, as in :class:`Loaded`."""
     part: Any = slot.layers[0].module if slot.layers else slot.host.carrier
     if getattr(part, "disable_adapters" if slot.layers else "_adapters_disabled", False):
         return "disabled"
@@ -219,7 +232,7 @@ def state_of(slot: Slot) -> str:
 
 
 def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
-    """A note that a config names another base model than the live one, and whether both names are ids on the Hub."""
+    """Return a note that a config names another base model than the live one, and whether both are names on the Hub."""
     made_for, name = config.base_model_name_or_path, getattr(slot.host.base, "name_or_path", None)
     if not _is_hub_id(name):
         name = vars(slot.config).get(BASE, slot.config.base_model_name_or_path) or name
@@ -233,14 +246,15 @@ def other_base(slot: Slot, config: Config) -> tuple[str, bool] | None:
 
 
 def with_bases(slot: Slot, config: Config, refusals: list[Refusal]) -> list[Refusal]:
-    """The refusals that advise on the base model name both: the live one, and the one that the adapter was made for."""
-    found = slot.once_for(config, other_base)
-    return [
-        dataclasses.replace(each, found=f"{each.found.rstrip('.')}; {found[0]}")
-        if found and ABOUT_BASE.search(f"{each.expected} {each.next_step}")
-        else each
-        for each in refusals
-    ]
+    """Add the names of both base models, that of the adapter and the live one, to refusals that advise on the base."""
+    if not (bases := slot.once_for(config, other_base)):
+        return refusals
+    completed = []
+    for reason in refusals:
+        is_about_base = ABOUT_BASE.search(f"{reason.expected} {reason.next_step}")
+        found = f"{reason.found.rstrip('.')}; {bases[0]}"
+        completed.append(dataclasses.replace(reason, found=found) if is_about_base else reason)
+    return completed
 
 
 def _is_hub_id(name: object) -> bool:

@@ -24,7 +24,7 @@ def log_event(
     for slot in slots if LOG.hasHandlers() and LOG.isEnabledFor(level) else ():
         now = None
         with contextlib.suppress(Exception):
-            # after a swap, nothing is compared: that would take longer than the swap
+            # after a swap, no weights are compared: that would take longer than the swap
             now = slot and loaded_of(slot_for(slot.methods, slot.host, slot.adapter_name), is_new=event == "swap")
         fields = {field.name: getattr(now, field.name, None) for field in dataclasses.fields(Loaded)}
         with contextlib.suppress(Exception):  # a handler must not fail a swap that is done, nor hide a refusal

@@ -1,4 +1,4 @@
-"""LoRA as PEFT loads it: the layers that a config targets, and what is set on them.
+"""LoRA as PEFT loads it: the layers that a config targets, and the values that are set on them.
 
 Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` and ``LoraLayer.update_layer``.
 """
@@ -44,7 +44,7 @@ def fingerprint(config: Config) -> bytes | None:
         return None
 
 
-#: the modules that a PeftModel saves with an adapter for a task, as it says in the config even if the model has none
+#: the modules that a PeftModel saves with an adapter for a task; its config names them even if the model has none
 HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

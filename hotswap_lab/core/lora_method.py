@@ -77,7 +77,7 @@ class Lora(Method):
         if self.is_special(layer, adapter_name):
             return f"a {type(layer.lora_variant.get(adapter_name, layer)).__name__}"
         if not tensors:
-            return "a lora_A and a lora_B that are no parameters, as FullyShardedDataParallel (FSDP1) leaves them"
+            return "a lora_A and a lora_B that aren't parameters, as FullyShardedDataParallel (FSDP1) leaves them"
         return next(filter(None, map(_obstacle_at, tensors)), None)
 
 

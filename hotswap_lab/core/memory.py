@@ -5,9 +5,9 @@ that were tied, by ``ensure_weight_tying`` or by the user, would all compute wit
 parameter that PEFT gives to several layers, as VB-LoRA does, is one target. Which targets overlap is found once for a
 slot, and again where addresses have changed; their values are compared for each plan.
 
-**No source overlaps a target.** Otherwise a copy reads what another copy of the same swap has written. If PEFT made the
-tensors of the caller's dict the model's parameters (``low_cpu_mem_usage``, diffusers), every swap writes to that dict,
-and a swap back to adapter A from it would silently be adapter B.
+**No source overlaps a target.** Otherwise a copy reads values that another copy of the same swap has written. If PEFT
+made the tensors of the caller's dict the model's parameters (``low_cpu_mem_usage``, diffusers), every swap writes to
+that dict, and a swap back to adapter A from it would silently be adapter B.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ def overlaps_in(slot: Slot, *_: object) -> list[list[SlotTensor]]:
     """The tensors of a slot that overlap in memory, in groups, of LoRA with those of the layers' other adapters."""
     tensors, others = slot.tensors, slot.host.configs.keys() - {slot.adapter_name}
     if slot.method.is_lora:
-        found = [slot.method.tensors_of(layer.module, name) for layer in slot.layers for name in others]
-        tensors = [*tensors, *chain.from_iterable(filter(None, found))]
+        of_others = [slot.method.tensors_of(layer.module, name) for layer in slot.layers for name in others]
+        tensors = [*tensors, *chain.from_iterable(filter(None, of_others))]
     else:  # in LoRA, one parameter in two layers is the user's doing
         tensors = list(dict(zip(slot.parameters, tensors, strict=True)).values())
-    parameters = [each.owner._parameters[each.name] for each in tensors]  # a property would be a call for each
+    parameters = [tensor.owner._parameters[tensor.name] for tensor in tensors]  # the property would be slower
     return [[tensors[number] for number in group] for group in overlapping(parameters)]
 
 
@@ -58,7 +58,8 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         # views side by side in one memory, such as those that a room has left, overlap only if their columns do
         first, _, pitch, *_ = group[0]
         columns = [((start - first) % pitch, width, number) for start, _, _, width, number in group]
-        if {each[2] for each in group} == {pitch} and all(left + width <= pitch for left, width, _ in columns):
+        have_equal_pitch = all(span[2] == pitch for span in group)
+        if have_equal_pitch and all(left + width <= pitch for left, width, _ in columns):
             groups += _touching([(left, left + width, number) for left, width, number in columns])
         else:
             groups.append(group)
@@ -66,11 +67,13 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """The first address of a tensor, the one behind its last, its longest stride, and the width that this repeats."""
+    """Return a tensor's first address, the one behind its last, its longest stride (in bytes), and the width of the
+    memory that is repeated at this stride."""
     size, start = tensor.element_size(), tensor.data_ptr()
     strides = zip(tensor.stride(), tensor.shape, strict=True)
-    *others, (pitch, times) = [(size, 1), *sorted((each * size, n) for each, n in strides if each and n > 1)]
-    width = size + sum(stride * (count - 1) for stride, count in others)
+    steps = sorted((stride * size, count) for stride, count in strides if stride and count > 1)
+    *shorter, (pitch, times) = [(size, 1), *steps]
+    width = size + sum(stride * (count - 1) for stride, count in shorter)
     return start, start + width + pitch * (times - 1), pitch, width
 
 
@@ -89,7 +92,9 @@ def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
 
 
 def conflicting_writes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
-    """The numbers of the targets that can't have their values, in the memory that they share with earlier ones.
+    """Return the numbers of the pairs whose value can't be written to their target without changing an earlier one.
+
+    Each pair is a target and its value. All are tried in a copy of the memory that the targets share.
 
     >>> one = torch.zeros(2, 3)
     >>> conflicting_writes([(one, torch.ones(2, 3)), (one.t(), torch.ones(3, 2)), (one[1:], torch.zeros(1, 3))])
@@ -100,29 +105,32 @@ def conflicting_writes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> li
     size = max((_span(target)[1] for target in targets), default=0) - start
     scratch = torch.zeros(size, dtype=torch.uint8, device=targets[0].device if targets else None)
 
-    def there(target: torch.Tensor) -> torch.Tensor:
+    def in_scratch(target: torch.Tensor) -> torch.Tensor:
         offset = (target.data_ptr() - start) // target.element_size()
         empty = torch.empty(0, dtype=target.dtype, device=target.device)
         return empty.set_(scratch.untyped_storage(), offset, target.shape, target.stride())
 
-    agreed: list[int] = []
+    written: list[tuple[torch.Tensor, torch.Tensor]] = []
+    conflicts: list[int] = []
     for number, (target, value) in enumerate(pairs):
-        before = scratch.clone()
-        there(target).copy_(value)
-        if all(have_same_values(there(targets[each]), pairs[each][1]) for each in (*agreed, number)):
-            agreed.append(number)
+        before, view = scratch.clone(), in_scratch(target)
+        view.copy_(value)
+        # the new one is checked, too: elements of one target may share memory
+        if all(have_same_values(present, wanted) for present, wanted in (*written, (view, value))):
+            written.append((view, value))
         else:
             scratch.copy_(before)
-    return [number for number in range(len(pairs)) if number not in agreed]
+            conflicts.append(number)
+    return conflicts
 
 
 # ---- sources
 
 
 def own_tensors(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those of ``tensors`` that are in a memory of the slot's adapter."""
-    memory = {_storage(each) for _, each in _named_tensors(slot)} - {None}
-    return {key: each for key, each in tensors.items() if _storage(each) in memory}
+    """Return those of ``tensors`` that are in a memory of the slot's adapter."""
+    memory = {_storage(tensor) for _, tensor in _named_tensors(slot)} - {None}
+    return {key: tensor for key, tensor in tensors.items() if _storage(tensor) in memory}
 
 
 def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal]:
@@ -131,19 +139,18 @@ def overwritten(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[Refusal
     is_swapped = WHEN in vars(slot.config) and has_been_swapped(slot.host.base, slot.adapter_name)
     if not is_swapped or not (own := own_tensors(slot, tensors)):
         return []
-    live = {_plain_name(slot, key): _view(each) for key, each in _named_tensors(slot)}
-    found = []
+    live = {_plain_name(slot, key): _view(tensor) for key, tensor in _named_tensors(slot)}
+    keys = []
     for key, source in own.items():
         # prompts have other names in a file
         targets = [live[name]] if (name := _plain_name(slot, key)) in live else live.values()
         if _view(source) in targets:
-            found.append(key)
-    where = slot.adapter_name
-    return [refusal("source_overwritten", count=len(found), key=key, adapter_name=where) for key in found[:1]]
+            keys.append(key)
+    return [refusal("source_overwritten", count=len(keys), key=keys[0], adapter_name=slot.adapter_name)] if keys else []
 
 
 def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an adapter, with its saved modules and trained tokens; of another method, all that there are."""
+    """The tensors of an adapter, with its saved modules and trained tokens; of other methods, all of the model."""
     if not slot.method.is_lora:  # some keep their tensors in no layer
         yield from named_tensors(slot.host.carrier)
         return
@@ -154,7 +161,7 @@ def _named_tensors(slot: Slot) -> Iterator[tuple[str, torch.Tensor]]:
             for attribute, table in entries_under(module, slot.adapter_name):
                 entry = table[slot.adapter_name]
                 named = entry.named_parameters() if isinstance(entry, torch.nn.Module) else [(attribute, entry)]
-                yield from ((f"{path}.{name}", each) for name, each in named if isinstance(each, torch.Tensor))
+                yield from ((f"{path}.{name}", value) for name, value in named if isinstance(value, torch.Tensor))
 
 
 def _plain_name(slot: Slot, key: str) -> str:

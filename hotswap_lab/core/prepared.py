@@ -1,4 +1,4 @@
-"""Prepared LoRA layers, whose scaling and dropout are no constants of a graph; and marks that are kept on layers.
+"""Prepared LoRA layers, whose scaling and dropout are not constants of a graph; and marks that are kept on layers.
 
 A compiled graph treats a Python float as a constant and is recompiled when it changes; a tensor's value is read at
 each call. So a prepared layer keeps its scaling as a tensor. PEFT and diffusers still write floats, new tensors or
@@ -101,8 +101,8 @@ class _Prepared(_ALayer):
     the layer already, and it has to stay the same object, so only another class reaches an assignment, a move and a
     pickle of it.
 
-    A class made at run time can't be found by its name, so a pickle is told how to make it again. ``__reduce_ex__``
-    asks for what the pickle is made. A new process (``spawn``) must get the same memory: with a copy, it would answer
+    A class made at run time can't be found by its name, so a pickle contains how to make it again. ``__reduce_ex__``
+    checks the purpose of the pickle. A new process (``spawn``) must get the same memory: with a copy, it would answer
     with the old adapter after a swap here (``tests/core/test_processes.py``,
     ``test_a_pool_goes_on_and_is_seen_by_a_process_that_was_spawned_and_has_compiled``). A file must not: all tensors
     are views of one memory, which a pickle would have once for each of them, 24 MB instead of 4 for the demo's model
@@ -125,8 +125,8 @@ class _Prepared(_ALayer):
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
         """Move scalings to another device or into shared memory, as by ``model.to(...)``, but keep their precision."""
-        scalings = {key: each for key, each in self._buffers.items() if key.startswith(SCALING)}
-        moved = [fn(each.new_empty(1, dtype=torch.float32)) for each in scalings.values()]
+        scalings = {key: buffer for key, buffer in self._buffers.items() if key.startswith(SCALING)}
+        moved = [fn(buffer.new_empty(1, dtype=torch.float32)) for buffer in scalings.values()]
         if any(map(is_shared, moved)):
             self._check_sharing()
         for key in scalings:
@@ -156,13 +156,13 @@ class _Prepared(_ALayer):
             mark(self, attribute, adapter_name, False, Journal())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # the class is made at run time, so a copy or a pickle must be told how to make it again
+        # the class is made at run time, so a copy or a pickle must contain how to make it again
         state = dict(self.__dict__)
         if get_spawning_popen() is None:
             # copied out of the room's memory: a pickle would contain all of that memory once for each tensor
             tables = {*self.adapter_layer_names} & self._modules.keys()
             state["_modules"] = {**self._modules, **{name: copy.deepcopy(self._modules[name]) for name in tables}}
-            scalings = {key: each.clone() for key, each in self._buffers.items() if key.startswith(SCALING)}
+            scalings = {key: buffer.clone() for key, buffer in self._buffers.items() if key.startswith(SCALING)}
             state["_buffers"] = {**self._buffers, **scalings}
         else:  # to a new process, which gets the same memory, as with any model
             self._check_sharing()
@@ -171,7 +171,7 @@ class _Prepared(_ALayer):
         if of_room := state.pop(ROOM_ATTRIBUTE, None):  # a copy has none
             for name in of_room:
                 self.lora_variant[name].check_copying(name)
-            state["lora_variant"] = {key: each for key, each in self.lora_variant.items() if key not in of_room}
+            state["lora_variant"] = {key: value for key, value in self.lora_variant.items() if key not in of_room}
         return _new_prepared, (type(self).hotswap_original,), state
 
 
@@ -231,24 +231,32 @@ def mark(layer: TunerLayer, attribute: str, adapter_name: str, value: bool, jour
 
 
 def keep_off(method: Method, layer: TunerLayer, journal: Journal) -> None:
-    """Let a layer keep out of merges what is off there, and keep it off when its memory is replaced.
+    """Have a layer leave an adapter that is off out of merges, keep it off in new memory, and drop the mark with it.
 
-    Both are attributes of its own: another class would recompile a layer that is not prepared.
+    These are attributes of its own: another class would recompile a layer that is not prepared.
     """
     if "merge" not in layer.__dict__:
         journal.set_item(layer.__dict__, "merge", functools.partial(merge_what_is_on, layer, method))
         journal.set_item(layer.__dict__, "_apply", functools.partial(move_and_keep_off, layer, method))
+        journal.set_item(layer.__dict__, "delete_adapter", functools.partial(delete_with_mark, layer))
 
 
 def move_and_keep_off(layer: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
     """``_apply`` of a layer, with zeros again where ``model.to_empty(...)`` leaves any values."""
     off = [name for name in layer.__dict__[OFF_ATTRIBUTE] if is_off(layer, name, method.tensors_of(layer, name) or ())]
     type(layer)._apply(layer, *args, **kwargs)
-    for tensor in (each for name in off for each in method.tensors_of(layer, name) or ()):
-        if not tensor.is_zero:
-            with torch.inference_mode(tensor.parameter.is_inference()), torch.no_grad():
-                tensor.memory.zero_()
+    for name in off:
+        for tensor in method.tensors_of(layer, name) or ():
+            if not tensor.is_zero:
+                with torch.inference_mode(tensor.parameter.is_inference()), torch.no_grad():
+                    tensor.memory.zero_()
     return layer
+
+
+def delete_with_mark(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's ``delete_adapter`` of a layer. An adapter that is loaded under the same name later is not off there."""
+    type(layer).delete_adapter(layer, adapter_name, *args, **kwargs)
+    mark(layer, OFF_ATTRIBUTE, adapter_name, False, Journal())
 
 
 def merge_what_is_on(
@@ -256,7 +264,7 @@ def merge_what_is_on(
 ) -> None:
     """PEFT's ``merge`` of a layer, without adapters that are off there, because a fresh load's layer doesn't have them.
 
-    PEFT notes what is merged into a layer, and skips all other adapters there as long as something is.
+    PEFT notes the adapters that are merged into a layer, and skips all others there as long as one is.
     """
     if not isinstance(adapter_names, str):  # which PEFT refuses
         names = layer.active_adapters if adapter_names is None else adapter_names
@@ -275,7 +283,7 @@ def is_off(layer: Any, adapter_name: str, tensors: Iterable[SlotTensor]) -> bool
     or written weights into it. Of a weight that is sharded over processes, only the local shard is checked: checking
     the others takes a call in every process, but a state dict may be requested in one of them only.
     """
-    return is_marked_off(layer, adapter_name) and all(each.is_zero for each in tensors)
+    return is_marked_off(layer, adapter_name) and all(tensor.is_zero for tensor in tensors)
 
 
 def is_marked_off(layer: Any, adapter_name: str) -> bool:

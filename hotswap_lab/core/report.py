@@ -26,7 +26,7 @@ def escaped(text: str) -> str:
     >>> escaped("red\\x1b[31m")
     'red\\\\x1b[31m'
     """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def wrapped(text: object, width: int | None = None) -> str:

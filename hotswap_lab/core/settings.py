@@ -1,4 +1,4 @@
-"""Settings: what a LoRA config says, each field declared once.
+"""Settings: the fields of a LoRA config, each declared once.
 
 A new setting of a layer that every supported PEFT has is one line in :class:`LayerSettings`: reading it from a config
 and from a layer, writing it, checking its value and packing it follow from there. A field that is declared nowhere is
@@ -45,15 +45,15 @@ def is_flag(value: Any) -> bool:
 
 
 def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and is_value(each) for key, each in value.items())
+    return isinstance(value, dict) and all(isinstance(key, str) and is_value(entry) for key, entry in value.items())
 
 
 def _is_selection(value: Any) -> bool:
-    return value is None or all(isinstance(each, str) for each in value)  # as is each character of a string
+    return value is None or all(isinstance(name, str) for name in value)  # so is each character of a string
 
 
 def _are_indices(value: Any) -> bool:
-    return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
+    return value is None or all(type(index) is int for index in (value if isinstance(value, list) else [value]))
 
 
 # ---- settings of a layer
@@ -92,22 +92,22 @@ class LayerSettings:
 OfLayers = Sequence[LayerSettings | None]
 
 
-#: each setting of a layer: its name in :class:`LayerSettings`, and what was declared of it there
-SETTINGS = tuple(SimpleNamespace(name=each.name, **each.metadata) for each in dataclasses.fields(LayerSettings))
+#: each setting of a layer: its name in :class:`LayerSettings`, and its declaration there
+SETTINGS = tuple(SimpleNamespace(name=field.name, **field.metadata) for field in dataclasses.fields(LayerSettings))
 #: the tables on a layer that hold one scalar per adapter, except for the scaling; and the setting in each
-SCALAR_TABLES: dict[str, str] = {each.table: each.name for each in SETTINGS if each.table}
+SCALAR_TABLES: dict[str, str] = {setting.table: setting.name for setting in SETTINGS if setting.table}
 #: rules for per-layer pattern fields, by the name of the field
-PATTERNS: dict[str, Rule] = {each.pattern: each.rule for each in SETTINGS if each.pattern}
+PATTERNS: dict[str, Rule] = {setting.pattern: setting.rule for setting in SETTINGS if setting.pattern}
 
 
 def settings_for(config: Config, path: str) -> LayerSettings:
     """The settings that a fresh load gives to the layer at ``path``, patterns included."""
     values = {}
-    for each in SETTINGS:
-        value = getattr(config, each.field)
-        if each.pattern and (pattern := getattr(config, each.pattern)):
+    for setting in SETTINGS:
+        value = getattr(config, setting.field)
+        if setting.pattern and (pattern := getattr(config, setting.pattern)):
             value = pattern.get(get_pattern_key(pattern.keys(), path), value)
-        values[each.name] = value
+        values[setting.name] = value
     return LayerSettings(**values)
 
 
@@ -132,7 +132,7 @@ CHOICES: dict[str, Rule] = {
         for pattern, rule in PATTERNS.items()
     },
 }
-#: the fields that say where an adapter comes from; PEFT fills them in when it saves, and nothing depends on them
+#: the fields with the origin of an adapter; PEFT fills them in when it saves, and nothing depends on them
 PROVENANCE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 #: the fields without an effect on an adapter that was loaded: where it comes from, how it was initialized and trained
 #: (``task_type`` is looked at with the model's heads; ``qalora_group_size`` and ``megatron_core`` need another field)
@@ -142,14 +142,14 @@ NO_EFFECT = {
     *("runtime_config", "qalora_group_size", "megatron_core"),
 }
 #: the rule of each field that LoRA alone needs
-RULES: dict[str, Rule] = {each.field: each.rule for each in SETTINGS} | CHOICES
+RULES: dict[str, Rule] = {setting.field: setting.rule for setting in SETTINGS} | CHOICES
 #: the values that fields of LoRA's config beyond plain LoRA may have
 MORE_RULES = {
     **dict.fromkeys(("use_dora", "lora_bias"), Rule(is_flag, "true or false")),
     "bias": Rule(("none", "all", "lora_only").__contains__, "'none', 'all' or 'lora_only'"),
     "trainable_token_indices": Rule(lambda value: value != [], "null, or at least one token"),
 }
-#: names of initializations of which nothing is left after loading; "gaussian" may have capitals
+#: names of initializations that leave no trace after loading; "gaussian" may have capitals
 INITS = ("eva", "orthogonal", "lora_ga", "gaussian")
 #: the beginnings of those with which a fresh load changes the base weights
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
@@ -167,12 +167,13 @@ def unusual(config: Config) -> list[str]:
     >>> unusual(LoraConfig(r=4, bias="none", use_rslora=True)), unusual(LoraConfig(use_dora=True, bias="all"))
     ([], ['bias', 'use_dora'])
     """
-    fields = [each for each in dataclasses.fields(config) if each.name not in RULES and each.name not in NO_EFFECT]
-    found = [each.name for each in fields if not _is_default(each, getattr(config, each.name, None))]
+    known = RULES.keys() | NO_EFFECT
+    fields = [field for field in dataclasses.fields(config) if field.name not in known]
+    names = [field.name for field in fields if not _is_default(field, getattr(config, field.name, None))]
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in INITS:
-        found.append("init_lora_weights")
-    return sorted(found)
+        names.append("init_lora_weights")
+    return sorted(names)
 
 
 def _is_default(field: dataclasses.Field, value: object) -> bool:
@@ -190,15 +191,18 @@ def damages(config: Config, rules: dict[str, Rule] = RULES) -> list[Refusal]:
     nested = {name: value for name, value in vars(config).items() if isinstance(value, (dict, list))}
     if deep := [name for name, value in nested.items() if _is_deeper(value, MAX_DEPTH)]:
         expected = f"lists or tables within one another, {MAX_DEPTH} deep at most"
-        return [refusal("config_damaged", name=name, value="what is nested deeper", expected=expected) for name in deep]
-    found = []
+        return [
+            refusal("config_damaged", name=name, value="a value that is nested deeper", expected=expected)
+            for name in deep
+        ]
+    refusals = []
     for name, (is_right, expected) in rules.items():
         value = getattr(config, name)
         with contextlib.suppress(Exception):  # a check may raise any error for a value of the wrong type
             if is_right(value):
                 continue
-        found.append(refusal("config_damaged", name=name, value=value, expected=expected))
-    return [*found, *(_broken_expressions(config) if config.peft_type == PeftType.LORA else ())]
+        refusals.append(refusal("config_damaged", name=name, value=value, expected=expected))
+    return [*refusals, *(_broken_expressions(config) if config.peft_type == PeftType.LORA else ())]
 
 
 def damaged_values(config: Config) -> list[Refusal]:
@@ -212,7 +216,7 @@ def damaged_values(config: Config) -> list[Refusal]:
 def _is_deeper(value: object, levels: int) -> bool:
     """Whether lists and dicts are nested more than ``levels`` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
+    return inner is not None and (levels == 0 or any(_is_deeper(item, levels - 1) for item in inner))
 
 
 def _broken_expressions(config: Config) -> Iterator[Refusal]:

@@ -12,7 +12,7 @@ MOST = 1e30
 
 
 def change_strength(slot: Slot, strength: float) -> Change:
-    """The change that sets the scaling of each layer to its trained value times ``strength``."""
+    """Return the change that sets the scaling of each layer to its trained value times ``strength``."""
     name, room = slot.adapter_name, slot.room
     if slot.is_merged:
         raise refused("merged_no_strength", adapter_name=name)
@@ -27,23 +27,23 @@ def change_strength(slot: Slot, strength: float) -> Change:
 
 def check_scalable(slot: Slot) -> None:
     """Refuse adapters whose effect is not proportional to a scaling."""
-    if found := slot.method.not_scaled(slot):
-        raise refused("no_strength", adapter_name=slot.adapter_name, found=found)
+    if reason := slot.method.not_scaled(slot):
+        raise refused("no_strength", adapter_name=slot.adapter_name, found=reason)
 
 
 def check_strength(strength: object, slot: Slot) -> None:
-    """Refuse values that are no strength, and adapters that can't have one."""
+    """Refuse values that can't be a strength, and adapters that can't have one."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MOST:
         raise refused("strength_is_no_number", strength=strength)
     check_scalable(slot)
 
 
 def strength_of(slot: Slot) -> float:
-    """The strength that all layers have; refuses layers with different ones."""
+    """Return the strength that all layers have; refuse layers with different ones."""
     if not slot.method.is_lora or slot.method.unknown(slot.config):
         check_scalable(slot)
     name = slot.adapter_name
-    on = [each for each in slot.layers if not is_off(each.module, name, each.tensors) and _trained(slot, each)]
+    on = [layer for layer in slot.layers if not is_off(layer.module, name, layer.tensors) and _trained(slot, layer)]
     strengths = {round(float(layer.module.scaling[name]) / _trained(slot, layer), 6) for layer in on}
     if len(strengths) > 1:
         raise refused("different_strengths", adapter_name=name, strengths=listing(sorted(strengths)))

@@ -23,12 +23,12 @@ EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 def embeddings_of(base: torch.nn.Module) -> list[torch.nn.Module]:
     """The input and output embeddings of a transformers model."""
-    found = []
+    embeddings = []
     for name in EMBEDDINGS:
         # not every model has these
         with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-            found.append(getattr(base, name)())
-    return found
+            embeddings.append(getattr(base, name)())
+    return embeddings
 
 
 def is_wrapper(module: object) -> bool:
@@ -82,7 +82,7 @@ NOT_COMPARED = {
     *("peft_config", "_peft_config"),
     # the arguments of a layer's constructor by name, which may be the name of an adapter, too
     "kwargs",
-    # what the last forward of a Shadow adapter has left; the next one begins by resetting it
+    # state that the last forward of a Shadow adapter has left; the next one begins by resetting it
     *("_deferred_shadow_seed", "_seed_shadow_state", "_shadow_past_out", "_should_pack_shadow_cache"),
 }
 
@@ -194,5 +194,5 @@ def have_same_form(first: Any, second: Any) -> bool:
         one, other = first.__dict__[table], second.__dict__[table]
         if one.keys() != other.keys() or any((one[key] is None) != (other[key] is None) for key in one):
             return False
-    children = [(first._modules[name], child) for name, child in second._modules.items() if child is not None]
-    return all(have_same_form(*each) for each in children)
+    children = [name for name, child in first._modules.items() if child is not None]
+    return all(have_same_form(first._modules[name], second._modules[name]) for name in children)

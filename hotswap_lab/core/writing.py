@@ -50,23 +50,23 @@ def write_settings(
     """
     name = slot.adapter_name
     if fields is None:
-        for layer, each in zip(layers, settings, strict=True):
+        for layer, wanted in zip(layers, settings, strict=True):
             module: Any = layer.module
             marked: frozenset[str] = module.__dict__.get(OFF_ATTRIBUTE, frozenset())
-            if (each is None) != (name in marked):
+            if (wanted is None) != (name in marked):
                 journal.set_item(module.__dict__, OFF_ATTRIBUTE, marked ^ {name})
                 if "merge" not in module.__dict__:
                     keep_off(slot.method, module, journal)
-            if (each is None or name in marked) and not layer.is_plain:
-                slot.method.turn(module, name, each is not None, journal)
-            if each is not None:
+            if (wanted is None or name in marked) and not layer.is_plain:
+                slot.method.turn(module, name, wanted is not None, journal)
+            if wanted is not None:
                 dropout = module._modules["lora_dropout"]._modules[name]
-                if dropout.__dict__.get("p", 0.0) != each.dropout:
-                    write_dropout(module, name, each.dropout, journal)
+                if dropout.__dict__.get("p", 0.0) != wanted.dropout:
+                    write_dropout(module, name, wanted.dropout, journal)
     elif not fields:
         return
-    on = [(layer.module, each) for layer, each in zip(layers, settings, strict=True) if each]
+    on = [(layer.module, wanted) for layer, wanted in zip(layers, settings, strict=True) if wanted]
     for table, field in SCALAR_TABLES.items():
         if fields is None or field in fields:
             tables = [module.__dict__[table] for module, _ in on]  # attribute access on a module is slow
-            journal.set_items(tables, name, [getattr(each, field) for _, each in on])
+            journal.set_items(tables, name, [getattr(wanted, field) for _, wanted in on])

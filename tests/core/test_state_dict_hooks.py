@@ -12,10 +12,13 @@ from faults import run_with_fault
 from lengths import few_of, long
 from models import COPIES, KINDS, call, copied, load, save_family, save_random_adapter
 from oracle import assert_close, assert_same, assert_same_outputs, assert_same_tensors, contents, identities, untouched
-from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter as pefts_hotswap
+from peft.utils.save_and_load import load_peft_weights
 from refusals import refused
 
 from hotswap_lab import AdapterPool, hotswap_adapter, prepare_model_for_compiled_hotswap, save_adapter
+from hotswap_lab.core.tensors import OFF_ATTRIBUTE
 
 LLAMA = KINDS["llama"]
 
@@ -253,6 +256,61 @@ def test_a_model_that_was_emptied_takes_its_state_dict(tmp_path, monkeypatch, em
     torch.testing.assert_close(call(model, MLP.inputs()), call(load(MLP, few), MLP.inputs()))
     hotswap_adapter(model, full, "default", add_layers=True)
     torch.testing.assert_close(call(model, MLP.inputs()), call(load(MLP, full), MLP.inputs()))
+
+
+#: PEFT's own ways to load a file into an adapter, which look up the keys of the file among those of the model
+LOADS = {
+    "load_adapter": lambda model, folder: model.load_adapter(folder, "default"),
+    "low_cpu_mem_usage": lambda model, folder: model.load_adapter(folder, "default", low_cpu_mem_usage=True),
+    "ignore_mismatched_sizes": lambda model, folder: model.load_adapter(
+        folder, "default", ignore_mismatched_sizes=True
+    ),
+    "set_peft_model_state_dict": lambda model, folder: set_peft_model_state_dict(model, load_peft_weights(folder)),
+}
+
+
+@pytest.mark.parametrize("form", ["LoRA", *FORMS])
+@pytest.mark.parametrize("load_by_peft", LOADS)
+def test_peft_loads_weights_into_layers_that_are_off(tmp_path, load_by_peft, form):
+    """PEFT dropped them, because it did not find their keys."""
+    model, full, few = turned_off(tmp_path, {} if form == "LoRA" else FORMS[form], "swap")
+    result = LOADS[load_by_peft](model.double(), full)
+    assert not result.unexpected_keys
+    fresh = load(MLP, full).double()
+    inputs = [MLP.inputs().double()]
+    assert_close(call(model.eval(), *inputs), call(fresh, *inputs))
+    assert_same_tensors(model.state_dict(), fresh.state_dict())
+    hotswap_adapter(model, few, "default")
+    assert trained(model).keys() == trained(fresh).keys()  # they are still there, but are not shown
+    assert not any("last.lora_" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS[:4])  # a fresh load leaves no layer that is off
+def test_pefts_hotswap_into_layers_that_are_off(tmp_path, way):
+    model, full, _ = turned_off(tmp_path, {}, way)
+    pefts_hotswap(model, full, "default")
+    assert_same_outputs(model.eval(), load(MLP, full), MLP)
+
+
+@pytest.mark.parametrize("load_by_peft", LOADS)
+@pytest.mark.parametrize("way", ["prepared", "pool"])
+def test_peft_loads_no_weights_into_layers_that_are_off_in_a_prepared_model(tmp_path, way, load_by_peft):
+    """Their scaling is unknown, and compiled code may rely on their zeros."""
+    model, full, _ = turned_off(tmp_path, {}, way)
+    with untouched(model):
+        refused("nothing for a layer that is turned off", LOADS[load_by_peft], model, full)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_with_the_name_of_a_deleted_one_is_on_everywhere(tmp_path, way, low_cpu_mem_usage):
+    model, full, few = turned_off(tmp_path, {}, way)
+    model.load_adapter(few, "other")
+    model.delete_adapter("default")
+    assert not any(module.__dict__.get(OFF_ATTRIBUTE) for module in model.modules())
+    model.load_adapter(full, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("default")
+    assert_same_outputs(model.eval(), load(MLP, full), MLP)
 
 
 @pytest.mark.parametrize("way", ["swap", "prepared"])
