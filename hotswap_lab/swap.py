@@ -1,6 +1,8 @@
 """The public functions for a model: they read an adapter, take the model's lock, plan, and write.
 
 :mod:`hotswap_lab.beyond.passes` lists all code that decides a swap, in the order of the calls.
+
+Tests: ``tests/core/test_swap.py``.
 """
 
 from __future__ import annotations

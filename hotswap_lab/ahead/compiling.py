@@ -1,4 +1,7 @@
-"""Exports a model, or each of its repeated blocks, compiles it, and records the code's assumptions."""
+"""Exports a model, or each of its repeated blocks, compiles it, and records the code's assumptions.
+
+Tests: ``tests/ahead/test_ahead.py`` and ``tests/ahead/test_ahead_checks.py``.
+"""
 
 from __future__ import annotations
 

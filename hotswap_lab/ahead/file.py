@@ -1,4 +1,7 @@
-"""The file of a compiled model: PyTorch's archive with a description, a few tensors, and a checksum of everything."""
+"""The file of a compiled model: PyTorch's archive with a description, a few tensors, and a checksum of everything.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
+"""
 
 import hashlib
 import io

@@ -1,4 +1,7 @@
-"""The parts of a live model that compiled code depends on: modules and their settings, tensors, adapter state."""
+"""The parts of a live model that compiled code depends on: modules and their settings, tensors, adapter state.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
+"""
 
 import contextlib
 import copy

@@ -1,4 +1,7 @@
-"""Binds compiled code to the memory of a live model, and calls it like the model."""
+"""Binds compiled code to the memory of a live model, and calls it like the model.
+
+Tests: ``tests/ahead/test_ahead.py`` and ``tests/ahead/test_ahead_checks.py``.
+"""
 
 from __future__ import annotations
 

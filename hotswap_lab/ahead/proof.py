@@ -3,6 +3,8 @@
 The live model is called once, and the inputs and outputs of each compiled module are recorded. Then the module's code
 is called with these inputs. That takes the time of two forward passes. It detects differences that a comparison of
 settings can't: a forward that was rewritten, a different kind of adapter, layers that differ only in their code.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
 """
 
 import functools

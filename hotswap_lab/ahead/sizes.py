@@ -2,6 +2,8 @@
 
 An export follows one path through a model's Python code: ``if length % 4`` is decided once, and is a condition from
 then on. The conditions are SymPy expressions, stored as text: ``Eq(Mod(s27, 4), 0)``.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
 """
 
 import contextlib

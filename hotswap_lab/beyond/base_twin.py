@@ -2,6 +2,8 @@
 
 PEFT loads an adapter by changing the model that it is given. Given a twin, it builds a fresh load next to the live
 model, which takes no more memory than the adapter.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_lora_kinds.py``.
 """
 
 import copy

@@ -1,6 +1,8 @@
 """Planning swaps that change more than values and ranks, or whose method is not LoRA.
 
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
+
+Tests: ``tests/beyond/test_every_method.py``, ``tests/beyond/test_neighbours.py`` and ``tests/beyond/test_pairs.py``.
 """
 
 import contextlib

@@ -132,7 +132,7 @@ class _Comparison:
 
     On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
     values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
-    matched, so the head gets a copy of ``W`` (``tests/beyond/test_memory.py``, ``test_pairs_on_a_tied_base``, from
+    matched, so the head gets a copy of ``W`` (``tests/core/test_memory.py``, ``test_pairs_on_a_tied_base``, from
     "saved, tied" to "saved").
 
     The keys are ids because tensors compare by value, and because ``live_of`` is the memo of ``copy.deepcopy`` in

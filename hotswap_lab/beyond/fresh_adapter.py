@@ -1,4 +1,7 @@
-"""Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model."""
+"""Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_every_method.py``.
+"""
 
 import contextlib
 import copy

@@ -1,6 +1,8 @@
 """The tensors of every PEFT method but LoRA, found by the layers' own list of them, ``adapter_layer_names``.
 
 These swaps copy from a freshly loaded adapter, so this module needs to know only where a method keeps its tensors.
+
+Tests: ``tests/beyond/test_every_method.py``.
 """
 
 from collections.abc import Callable

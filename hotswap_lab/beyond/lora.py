@@ -1,4 +1,7 @@
-"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases."""
+"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases.
+
+Tests: ``tests/beyond/test_lora_kinds.py`` and ``tests/beyond/test_off.py``.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence

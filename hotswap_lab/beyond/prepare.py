@@ -3,6 +3,8 @@
 The updates of these methods (LoHa, LoKr, HiRA, AdaLoRA) are sums over rank components, as LoRA's ``B @ A`` is. So each
 tensor gets room for the highest rank of a family, and scalings become tensors. The tensors share no memory: a swap
 loads the adapter again, and copies tensor by tensor.
+
+Tests: ``tests/beyond/test_prepared.py``.
 """
 
 import functools

@@ -14,6 +14,8 @@ caller has to make the processes agree before anything is written::
     dist.all_gather_object(answers, ok)
     if all(answers):
         commit(plan)
+
+Tests: ``tests/beyond/test_distributed.py``.
 """
 
 import functools

@@ -2,6 +2,8 @@
 
 The next adapter with the same config differs only in its tensors' values. They are copied to the known targets, and
 PEFT doesn't load that adapter.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_every_method.py``.
 """
 
 import copy

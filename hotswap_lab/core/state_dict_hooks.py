@@ -172,7 +172,7 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
 
 
 def _trained_while_off(adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
-    """Return a warning if a magnitude or bias was trained while its layer is off: PEFT's ``set_adapter`` unfreezes it."""
+    """Return a warning if a magnitude or bias was trained while off: PEFT's ``set_adapter`` unfreezes it."""
     if tensor.rank_axis is not None or not of_lora or tensor.is_shard or tensor.is_zero:
         return None
     if not all(other.is_zero for other in of_lora if other.rank_axis is not None):

@@ -2,6 +2,8 @@
 
 A sample is the text ``word + ">" + answer``. The base model copies (``hello>hello``), and each demo adapter teaches it
 a different task. Each task is a plain Python function, so every output of the model can be checked.
+
+Tests: ``tests/demo/test_demo.py``.
 """
 
 import random

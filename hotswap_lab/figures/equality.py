@@ -1,4 +1,7 @@
-"""A picture of a comparison with a fresh load: a tile for each layer, gray where it is equal."""
+"""A picture of a comparison with a fresh load: a tile for each layer, gray where it is equal.
+
+Tests: ``tests/test_verify.py``.
+"""
 
 import re
 import textwrap

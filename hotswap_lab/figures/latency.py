@@ -1,4 +1,7 @@
-"""A picture of calls over time: the duration of each, and those that compiled."""
+"""A picture of calls over time: the duration of each, and those that compiled.
+
+Tests: ``tests/figures/test_figures.py``.
+"""
 
 import itertools
 import math

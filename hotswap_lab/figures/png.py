@@ -1,4 +1,7 @@
-"""Small PNG images with few colors, for pictures with too many parts for shapes."""
+"""Small PNG images with few colors, for pictures with too many parts for shapes.
+
+Tests: ``tests/browser/test_front_ends.py``.
+"""
 
 import base64
 import struct

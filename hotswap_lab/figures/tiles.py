@@ -1,4 +1,7 @@
-"""A picture of all layers of a model: a tile for each, in the color of the adapter where it changes the weight."""
+"""A picture of all layers of a model: a tile for each, in the color of the adapter where it changes the weight.
+
+Tests: ``tests/widgets/test_weight_map.py``.
+"""
 
 import math
 import re

@@ -1,4 +1,7 @@
-"""Reading ``adapter_model.bin``, PEFT's older format: a pickle, from which only tensors are loaded."""
+"""Reading ``adapter_model.bin``, PEFT's older format: a pickle, from which only tensors are loaded.
+
+Tests: ``tests/files/test_sources.py`` and ``tests/robustness/test_bad_files.py``.
+"""
 
 import os
 import zipfile

@@ -1,4 +1,7 @@
-"""Reading an adapter from a folder, from the Hub, or from tensors in memory."""
+"""Reading an adapter from a folder, from the Hub, or from tensors in memory.
+
+Tests: ``tests/files/test_sources.py``, ``tests/core/test_swap.py`` and ``tests/robustness/test_bad_files.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Summaries of adapters for ``hotswap-lab show``: the config, and the shapes of the weights."""
+"""Summaries of adapters for ``hotswap-lab show``: the config, and the shapes of the weights.
+
+Tests: ``tests/files/test_sources.py`` and ``tests/test_main.py``.
+"""
 
 import json
 from dataclasses import dataclass, replace

@@ -1,4 +1,7 @@
-"""Chapter 10: which swaps reach compiled code."""
+"""Chapter 10: which swaps reach compiled code.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 import torch
 

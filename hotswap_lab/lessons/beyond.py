@@ -1,4 +1,7 @@
-"""Chapter 07: adapters of other kinds than plain LoRA, and reading a refusal."""
+"""Chapter 07: adapters of other kinds than plain LoRA, and reading a refusal.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import copy
 from collections.abc import Sequence

@@ -4,6 +4,8 @@ A notebook begins with ``%load_ext hotswap_lab.lessons.building``. A cell that b
 chapter 02 and is checked together with all parts before it. A correct part is saved to ``my_hotswap.py`` next to the
 notebook. Missing parts are taken from the solution, for example on Colab, where each notebook is a new machine.
 A cell that begins with ``%%fresh 02`` runs in a new process, which can import that file, up to chapter 02.
+
+Tests: ``tests/lessons/test_exercises.py``.
 """
 
 import contextlib

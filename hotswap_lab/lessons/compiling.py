@@ -1,4 +1,7 @@
-"""Chapter 03: swapping inside a compiled model, and the causes of recompiles."""
+"""Chapter 03: swapping inside a compiled model, and the causes of recompiles.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 import os
 import tempfile

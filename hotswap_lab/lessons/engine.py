@@ -1,4 +1,7 @@
-"""The notebook that reads the code: a method of the reader's own, and a search for a mistake."""
+"""The notebook that reads the code: a method of the reader's own, and a search for a mistake.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import contextlib
 from collections.abc import Callable

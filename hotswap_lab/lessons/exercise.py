@@ -1,4 +1,7 @@
-"""The base class of exercises: it runs the reader's function, and checks its results."""
+"""The base class of exercises: it runs the reader's function, and checks its results.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 import linecache
 import traceback

@@ -1,4 +1,7 @@
-"""Chapter 11: a policy that learns while it answers."""
+"""Chapter 11: a policy that learns while it answers.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 from ..pools.rows import Row
 from .exercise import Exercise

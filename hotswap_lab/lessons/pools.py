@@ -1,4 +1,7 @@
-"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it."""
+"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import copy
 import os

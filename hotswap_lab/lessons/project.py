@@ -1,4 +1,7 @@
-"""The last project: the reader's own adapter, from training to a package, and a rubric that checks each step."""
+"""The last project: the reader's own adapter, from training to a package, and a rubric that checks each step.
+
+Tests: ``tests/lessons/test_lessons.py``.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence

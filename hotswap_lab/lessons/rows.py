@@ -1,4 +1,7 @@
-"""Chapter 08: the requests in the rows of a batch."""
+"""Chapter 08: the requests in the rows of a batch.
+
+Tests: ``tests/figures/test_figures.py``.
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""Chapter 09: Ray without its messages, a killed replica, and the choice of a replica for a request."""
+"""Chapter 09: Ray without its messages, a killed replica, and the choice of a replica for a request.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/serving/test_cluster.py``.
+"""
 
 import logging
 import os

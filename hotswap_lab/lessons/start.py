@@ -1,4 +1,7 @@
-"""Chapter 00: the first swap."""
+"""Chapter 00: the first swap.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 from .. import demo
 from ..core.errors import HotswapError

@@ -1,4 +1,7 @@
-"""The tour of ``hotswap-lab``: swaps of all embedded adapters in one model, with their times."""
+"""The tour of ``hotswap-lab``: swaps of all embedded adapters in one model, with their times.
+
+Tests: ``tests/test_main.py``.
+"""
 
 import contextlib
 import io

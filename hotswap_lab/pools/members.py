@@ -1,4 +1,7 @@
-"""The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed."""
+"""The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed.
+
+Tests: ``tests/pools/test_adapter_pool.py``.
+"""
 
 import os
 import threading

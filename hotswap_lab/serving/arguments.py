@@ -1,4 +1,7 @@
-"""The arguments of a server, with and without Ray Serve. They are checked before anything starts."""
+"""The arguments of a server, with and without Ray Serve. They are checked before anything starts.
+
+Tests: ``tests/serving/test_build.py``.
+"""
 
 import os
 from collections import Counter

@@ -1,4 +1,7 @@
-"""The metrics for Prometheus at ``/metrics``: the times of requests, and the state of the replicas."""
+"""The metrics for Prometheus at ``/metrics``: the times of requests, and the state of the replicas.
+
+Tests: ``tests/serving/test_api.py``.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

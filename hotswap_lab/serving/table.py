@@ -1,4 +1,7 @@
-"""The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``."""
+"""The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``.
+
+Tests: ``tests/serving/test_replica.py`` and ``tests/serving/test_api.py``.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence

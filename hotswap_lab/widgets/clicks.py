@@ -3,6 +3,8 @@
 JupyterLab 4.4 and later send clicks to a subshell, a thread of the kernel that doesn't wait for cells. ipykernel 7.4
 delivers a click to the thread that last sent something to the clicked control instead (``Comm._reply_subshell_for``).
 If a cell did, the main thread gets the click when the running cell has ended, after clicks that were made later.
+
+Tests: ``tests/widgets/test_two_at_once.py``.
 """
 
 import threading

@@ -1,4 +1,7 @@
-"""Guards: the assumptions of compiled graphs about an adapter, and those that a swap breaks."""
+"""Guards: the assumptions of compiled graphs about an adapter, and those that a swap breaks.
+
+Tests: ``tests/widgets/test_guards_checklist.py``.
+"""
 
 import re
 from collections import Counter

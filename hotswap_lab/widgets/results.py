@@ -1,4 +1,7 @@
-"""The result of a run (text, an image, or another object that Jupyter shows) as text and HTML."""
+"""The result of a run (text, an image, or another object that Jupyter shows) as text and HTML.
+
+Tests: ``tests/widgets/test_swap_panel.py``.
+"""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,7 @@
-"""The widgets' interface for swaps by name: a pool, or a model with the folders of its adapters."""
+"""The widgets' interface for swaps by name: a pool, or a model with the folders of its adapters.
+
+Tests: ``tests/widgets/test_swap_panel.py`` and ``tests/widgets/test_changes.py``.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,7 @@
-"""Stream a language model's answers token by token."""
+"""Stream a language model's answers token by token.
+
+Tests: ``tests/widgets/test_swap_panel.py``.
+"""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,7 @@
-"""The base class of widgets with long jobs, which run one at a time, in their own threads, and can be stopped."""
+"""The base class of widgets with long jobs, which run one at a time, in their own threads, and can be stopped.
+
+Tests: ``tests/widgets/test_view.py`` and ``tests/widgets/test_two_at_once.py``.
+"""
 
 import contextlib
 import contextvars

@@ -8,6 +8,8 @@ on black. The module needs diffusers; ``classify`` needs scikit-learn as well.
 >>> model = digits.load("only_3")
 >>> digits.classify(digits.draw(model, count=3)).tolist()
 [3, 3, 3]
+
+Tests: ``tests/demo/test_digits.py``.
 """
 
 from __future__ import annotations

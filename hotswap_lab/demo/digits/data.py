@@ -4,6 +4,8 @@ scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.
 "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.
 
 A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any image file.
+
+Tests: ``tests/demo/test_digits.py``.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Measurements of pictures: a classifier that was only trained on real digits, and three statistics."""
+"""Measurements of pictures: a classifier that was only trained on real digits, and three statistics.
+
+Tests: ``tests/demo/test_digits.py``.
+"""
 
 import functools
 
