@@ -29,6 +29,17 @@ DOCS = Path(__file__).parent
 REPOSITORY = dict(each.split(", ") for each in metadata("hotswap_lab").get_all("Project-URL"))["Repository"]
 #: modules for users, next to the package itself; a test looks here for those that README and the recipes name
 MODULES = "bench demo demo.digits demo.smollm2 demo.tasks demo.voices generating serving widgets"
+#: the public names of the package by task, as the API's first page lists them; a test compares them
+TASKS = {
+    "Swap": "hotswap_adapter hotswap_adapter_from_state_dict Adapter save_adapter patch_peft HotswapError",
+    "Plan and verify": "plan_hotswap Plan commit verify_hotswap Verification loaded resolve_slot",
+    "Compiled models": "prepare_model_for_compiled_hotswap RecompileWatch RecompileError pick_backend",
+    "Strength": "set_strength get_strength",
+    "Many adapters, threads": "AdapterPool in_use waiting_at_most ModelInUseError",
+    "Diffusers' pipelines": "hotswap_pipeline plan_pipeline_hotswap PipelinePlan PipelinePool "
+    "prepare_pipeline_for_compiled_hotswap read_pipeline_lora",
+    "Ahead of time": "aoti_compile aoti_load",
+}
 #: other names in the signatures and docstrings of these; Sphinx warns if one is missing here
 OTHERS = """
     ahead.AheadModel core.errors.Refusal core.loaded.Loaded core.loaded.LoadedList core.plan.Action core.plan.LayerPlan
@@ -164,8 +175,10 @@ def pages() -> dict[str, str]:
     found["fields"] = fields()
     found["commands"] = commands()
     found["others"] = titled("Other names", *(described(module, name) for module, _, name in others))
-    tables = [
-        listing(SUMMARY, [f"~hotswap_lab.{name}" for name in names]),
+    tables = []
+    for task, those in TASKS.items():
+        tables += [f".. rubric:: {task}", listing(SUMMARY, [f"~hotswap_lab.{name}" for name in those.split()])]
+    tables += [
         ".. rubric:: Modules",
         listing(SUMMARY, [f"hotswap_lab.{path}" for path in MODULES.split()]),
         "The fields of a request to a server are on a :doc:`page of their own <fields>`.",

@@ -26,7 +26,7 @@ notebooks teach all of it from the start, and ``hotswap_lab.core`` says in which
 refused swap raises ``HotswapError``, which says what was found, what was expected, and what to do next.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 import importlib as _importlib
 import sys as _sys
@@ -52,6 +52,21 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
+# Public names that are gone, each with its replacement. docs/upgrading.md lists the other changes that break code.
+_REMOVED = {
+    "hotswap_lab.demo.exact_match": "compare demo.ask_all(model, tokenizer, words) with demo.tasks.TASKS",
+    "hotswap_lab.demo.voices.ask_all": "call demo.voices.ask for each question",
+    "hotswap_lab.demo.voices.score": "it is in the repository, in training/voice_scores.py",
+    "hotswap_lab.widgets.StrengthLattice": "use widgets.SwapPanel, whose slider sets the strength",
+}
+
+
+def _raise_missing(module: str, name: str) -> _typing.NoReturn:
+    """Raise the error for a name that a module doesn't have."""
+    if instead := _REMOVED.get(f"{module}.{name}"):
+        raise ImportError(f"{module}.{name} was removed: {instead}")
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
 
 def __getattr__(name: str) -> object:
     if name in _MODULE_OF:
@@ -63,7 +78,7 @@ def __getattr__(name: str) -> object:
         return sorted({*_MODULE_OF, "demo"})
     if name == "demo":
         return _importlib.import_module(f"{__name__}.demo")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _raise_missing(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ On the command line::
     python -m hotswap_lab.bench --rank 64 --json bench.json
 
 The weights are random, because their values don't affect the time of a swap. The ways take turns, a few calls each, so
-other load on the machine affects all of them alike. Each way swaps back and forth between two adapters, and its outputs
+other load on the machine affects all of them equally. Each way swaps back and forth between two adapters. Its outputs
 are checked first against ``PeftModel.from_pretrained`` of both. The last line of each part of the table is what the
 others are compared with: a plain copy of the same bytes, for example.
 """
@@ -39,12 +39,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .core.numerals import MOST_RANK, MOST_THREADS, MOST_TIMES, integer_from
 from .core.report import readable_bytes, wrapped
 from .files.reading import Adapter
 from .pools.adapter_pool import AdapterPool
 from .swap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
-# an own copy of PEFT's module, whose functions call one another also while ``patch_peft`` has replaced PEFT's
+# a separate copy of PEFT's module: its functions call one another even while ``patch_peft`` has replaced PEFT's
 _SPEC: Any = find_spec("peft.utils.hotswap")
 PEFT: Any = module_from_spec(_SPEC)
 _SPEC.loader.exec_module(PEFT)
@@ -78,7 +79,7 @@ class Timing(NamedTuple):
 def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Timing]:
     """Time several functions in turns of a few calls each, until each was timed ``n`` times.
 
-    So other load on the machine affects all of them alike. An untimed call of the same function precedes each timed
+    So other load on the machine affects all of them equally. An untimed call of the same function precedes each timed
     one, so the caches are in the state in which the function itself leaves them.
 
     >>> timings = in_rounds({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, n=7)
@@ -89,14 +90,14 @@ def in_rounds(runs: Mapping[str, Callable[[], object]], n: int) -> dict[str, Tim
     for done in range(0, n, PER_ROUND):
         for name, run in runs.items():
             seconds[name] += timeit.repeat(run, setup=run, number=1, repeat=min(PER_ROUND, n - done))
-    return {name: Timing.of(each) for name, each in seconds.items()}
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 def machine() -> str:
     """Return one line with the machine and the versions, to be printed with a measurement."""
     threads, cpuinfo = torch.get_num_threads(), Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
-    processor = found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    processor = match[1] if match else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
@@ -104,7 +105,7 @@ def machine() -> str:
 
 
 def waited_for_a_core() -> float:
-    """Seconds that threads of this process were ready but had no core to run on; 0 if the system doesn't count them.
+    """Return the seconds that threads of this process waited for a core; 0 if the system doesn't count them.
 
     A copy by two threads takes a fraction of a millisecond, but waits for milliseconds if another program has one of
     the cores. If that happens at every call, a median can't show it.
@@ -132,7 +133,7 @@ class Settings:
     device:
         The device of the model. The adapters are in files, or in the CPU's memory.
     threads:
-        How many threads torch may use.
+        The number of threads for torch.
     n:
         Timed calls of each way.
     """
@@ -240,7 +241,7 @@ def make_base(settings: Settings) -> torch.nn.Module:
 
 
 class Way(NamedTuple):
-    """One way of swapping: a function that swaps in an adapter by its number, and one that tells whether it did."""
+    """One way of swapping: a function that swaps in an adapter by its number, and one that checks the swap."""
 
     swap: Callable[[int], object]
     is_right: Callable[[int], bool]
@@ -286,36 +287,37 @@ class Scene:
         self.expected: list[torch.Tensor] = [self.outputs(self.load(number)) for number in range(len(folders))]
 
     def load(self, number: int = 0) -> PeftModel:
-        """A fresh load of an adapter by PEFT alone. It shares the base's weights, which no way of swapping changes."""
+        """Load an adapter by PEFT alone. The model shares the base's weights, which no way of swapping changes."""
         shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
         return PeftModel.from_pretrained(copy.deepcopy(self.base, shared), self.folders[number], **self.options).eval()
 
     def prepared(self) -> PeftModel:
-        """The first adapter in a model prepared for all."""
+        """Load the first adapter, and prepare the model for all."""
         model = self.load()
         prepare_model_for_compiled_hotswap(model, adapters=self.folders)
         return model
 
     def pool(self) -> AdapterPool:
-        """A pool on a model of its own; an adapter's name is its number."""
-        return AdapterPool(self.load(), adapters={f"{n}": each for n, each in enumerate(self.folders)}, progress=False)
+        """Make a pool on a model of its own; an adapter's name is its number."""
+        adapters = {f"{number}": folder for number, folder in enumerate(self.folders)}
+        return AdapterPool(self.load(), adapters=adapters, progress=False)
 
     @torch.no_grad()
     def outputs(self, model: Callable[..., Any]) -> torch.Tensor:
-        """The model's logits."""
+        """Return the model's logits."""
         return model(input_ids=self.inputs, use_cache=False).logits
 
-    def is_close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    def is_close(self, actual: torch.Tensor, expected: torch.Tensor) -> bool:
         """Whether two outputs differ by rounding at most."""
         tolerance = TOLERANCE[self.settings.dtype] * expected.abs().max().item()
-        return torch.allclose(found, expected, rtol=0, atol=tolerance)
+        return torch.allclose(actual, expected, rtol=0, atol=tolerance)
 
     def way(self, model: torch.nn.Module, swap: Callable) -> Way:
-        """A way of swapping in ``model``, checked by its outputs."""
+        """Make a way of swapping in ``model`` that is checked by its outputs."""
         return Way(swap, lambda number: self.is_close(self.outputs(model), self.expected[number]), model)
 
     def copying(self, nbytes: int) -> Way:
-        """A plain copy of as many bytes to the model's device: a lower limit for every way."""
+        """Make a plain copy of as many bytes to the model's device: a lower limit for every way."""
         target = torch.zeros(nbytes, dtype=torch.uint8, device=self.settings.device)
         # not zeros, which may all be one page of memory; pinned for a GPU, as a pool's memory is
         pinned = self.settings.device.startswith("cuda")
@@ -332,14 +334,14 @@ class Scene:
                 state, note = ("right" if way.check() else "wrong"), ""
                 runs[name] = self.alternating(way)
             except Exception as error:
-                # any error is the result of this way, so that the others are still measured
+                # an error is the result of this way, so that the others are still measured
                 state, note = "refused", (str(error).strip() or type(error).__name__).splitlines()[0]
             checked.append((name, state, note))
         timings = in_rounds(runs, self.settings.n)
         return [Measured(part, name, state, timings.get(name), note) for name, state, note in checked]
 
     def alternating(self, way: Way) -> Callable[[], object]:
-        """A function that swaps to the other adapter and waits until that is done, on an accelerator, too."""
+        """Return a function that swaps to the other adapter and waits until that is done, on an accelerator, too."""
         wait = (lambda: None) if self.settings.device == "cpu" else torch.accelerator.synchronize
         numbers = itertools.cycle((0, 1))  # so that each timed call swaps to adapter 1
         return lambda: (way.swap(next(numbers)), wait())
@@ -348,14 +350,14 @@ class Scene:
 def save_adapters(base: torch.nn.Module, rank: int, folder: str) -> list[str]:
     """Save two random adapters of one rank, by PEFT alone. Returns their folders."""
     folders = [f"{folder}/{number}" for number in (0, 1)]
-    for number, each in enumerate(folders):
-        # B is random, since no output would show a wrong swap if it were 0. The alphas differ, as the scalings do then
+    for number, path in enumerate(folders):
+        # B is random, because no output would show a wrong swap if it were 0. Different alphas give different scalings
         alpha = rank * (number + 1)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
         with torch.random.fork_rng():
             torch.manual_seed(number)
             model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-        model.save_pretrained(each, save_embedding_layers=False)
+        model.save_pretrained(path, save_embedding_layers=False)
     return folders
 
 
@@ -363,7 +365,7 @@ def save_adapters(base: torch.nn.Module, rank: int, folder: str) -> list[str]:
 
 
 def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
-    """All ways of swapping, each as a function that makes it on a model of its own."""
+    """Return all ways of swapping, as functions that make each one on a model of its own."""
     adapters = scene.adapters
 
     def load_and_delete() -> Way:
@@ -388,7 +390,7 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
 
     def from_tensors(model: PeftModel, swap: Callable) -> Way:
         # PEFT requires the adapter's name in the keys, which end with "weight"
-        named = [{key[:-6] + "default.weight": each for key, each in adapter.tensors.items()} for adapter in adapters]
+        named = [{key[:-6] + "default.weight": t for key, t in adapter.tensors.items()} for adapter in adapters]
         return scene.way(model, lambda number: swap(model, named[number], "default", adapters[number].config))
 
     def pooled() -> Way:
@@ -413,14 +415,14 @@ def ways_of(scene: Scene) -> dict[str, Callable[[], Way]]:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, say: Callable[[str], object] = lambda text: None) -> Report:
+def run(settings: Settings, log: Callable[[str], object] = lambda text: None) -> Report:
     """Run the benchmark.
 
     Parameters
     ----------
     settings:
         Shape, ranks, dtype, device and repeats.
-    say:
+    log:
         Called with a line of text at each step.
 
     Returns
@@ -441,7 +443,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda text: None) ->
         for rank in settings.ranks:
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT and transformers warn about random adapters
-                say(f"rank {rank}: making two adapters, timing each way {settings.n} times")
+                log(f"rank {rank}: making two adapters, timing each way {settings.n} times")
                 scene = Scene(base, settings, save_adapters(base, rank, folder))
                 first, packed = scene.adapters[0], readable_bytes(scene.pool().nbytes // 2)
                 sizes = f"{len(first.tensors)} tensors, {readable_bytes(first.nbytes)} per adapter, {packed} packed"
@@ -458,16 +460,17 @@ def main(arguments: list[str] | None = None) -> int:
     default, doc = Settings(), (__doc__ or "").replace("::", ":")  # the site needs two
     parser = ArgumentParser("python -m hotswap_lab.bench", description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=SHAPES, default=default.model, help="the shape; smollm2 is SmolLM2-135M's")
-    add("--rank", dest="ranks", type=int, nargs="+", default=default.ranks, help="of the adapters: a part for each")
-    add("--dtype", choices=TOLERANCE, default=default.dtype, help="of model and adapters")
-    add("--device", default=default.device, help="where the model is")
-    add("--threads", type=int, default=default.threads, help="threads that torch may use")
-    add("--n", type=int, default=default.n, help="timed calls of each way")
-    add("--json", metavar="FILE", help="write everything there, times in seconds")
+    add("--model", choices=SHAPES, default=default.model, help="shape of the model; smollm2 is that of SmolLM2-135M")
+    rank = dict(dest="ranks", type=integer_from(1, MOST_RANK), default=default.ranks, nargs="+")
+    add("--rank", help="ranks of the adapters: the table has a part for each", **rank)
+    add("--dtype", choices=TOLERANCE, default=default.dtype, help="dtype of model and adapters")
+    add("--device", default=default.device, help="device of the model")
+    add("--threads", type=integer_from(1, MOST_THREADS), default=default.threads, help="number of threads for torch")
+    add("--n", type=integer_from(1, MOST_TIMES), default=default.n, help="number of timed calls of each way")
+    add("--json", metavar="FILE", help="write the results to this file, times in seconds")
     options = vars(parser.parse_args(arguments))
-    file, say = options.pop("json"), functools.partial(print, file=sys.stderr, flush=True)
-    report = run(Settings(**options), say)
+    file, log = options.pop("json"), functools.partial(print, file=sys.stderr, flush=True)
+    report = run(Settings(**options), log)
     print(wrapped(report))
     if file:
         Path(file).write_text(report.to_json() + "\n", encoding="utf-8")

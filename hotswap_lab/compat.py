@@ -9,7 +9,7 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
-#: the name that is used here, and its location: a module, and a path inside of it
+#: the names that the package uses, and their locations: a module, and a path inside of it
 NAMES = {
     "foreach_copy": "torch:_foreach_copy_",
     "tree_leaves": "torch.utils._pytree:tree_leaves",

@@ -1,4 +1,4 @@
-"""Generating: the loop that answers greedily, and a reader in two graphs, for rows of a batch at different places.
+"""Generating: the loop that answers greedily, and a reader in two graphs, for rows of a batch at different positions.
 
 ``torch.compile`` makes code for each shape that it meets, so a growing text would be compiled at each token. Here, two
 graphs are enough: one reads a part of a prompt in each row, however long the part and the text before it are, and one
@@ -24,7 +24,7 @@ from .core.errors import HotswapError
 
 
 def prompt_of(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> Tensor:
-    """The token ids, ``[tokens]``, of a question or of a whole conversation, up to where the answer begins."""
+    """Return the token ids, ``[tokens]``, of a question or a whole conversation, up to the start of the answer."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -63,7 +63,7 @@ def stream(
             break
         answer.append(ids.item())
         longer = tokenizer.decode(answer, skip_special_tokens=True)
-        if not longer.endswith("\ufffd"):  # the first half of a letter
+        if not longer.endswith("\ufffd"):  # part of a letter
             yield (text := longer)
     if text is None:
         yield ""
@@ -118,7 +118,7 @@ class Reader(torch.nn.Module):
     """A language model that reads on in all rows of a batch: up to a chunk of tokens in each row at once.
 
     For models that keep keys and values in transformers' cache and have no other memory of a text: Llama, SmolLM2,
-    Qwen, Mistral, Gemma and their like. :meth:`agrees` tells whether a model is one.
+    Qwen, Mistral, Gemma and their like. :meth:`agrees` checks a model.
 
     Parameters
     ----------
@@ -152,11 +152,11 @@ class Reader(torch.nn.Module):
             self._call(torch.zeros((rows, 1), dtype=torch.long, device=device), cache=sample)
         self.layers: int = len(sample.layers)
         for number, layer in enumerate(sample.layers):
-            for which in ("keys", "values"):
-                each = getattr(layer, which)
-                # one place more than there are tokens: the filling of short parts is written there
-                memory = each.new_zeros((rows, each.shape[1], longest + 1, each.shape[3]))
-                self.register_buffer(f"{which}_{number}", memory, persistent=False)
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                # one position more than there are tokens: the padding of short parts is written there
+                memory = tensor.new_zeros((rows, tensor.shape[1], longest + 1, tensor.shape[3]))
+                self.register_buffer(f"{name}_{number}", memory, persistent=False)
         self.register_buffer("places", torch.arange(longest + 1, device=device), persistent=False)
         #: how many tokens of each row have been read
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.long, device="cpu")
@@ -178,28 +178,28 @@ class Reader(torch.nn.Module):
 
         A missing file is made first (:func:`hotswap_lab.aoti_compile`). A shorter part is filled up to a chunk.
         """
-        from .ahead import aoti_compile, aoti_load  # here, so that all else works without that folder
+        from .ahead import aoti_compile, aoti_load  # here, so that everything else works without that folder
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         for width in (self.chunk, 1):
             file = Path(folder, "token.pt2" if width == 1 else "chunk.pt2")
             if not file.exists():
-                # tokens that differ, because the code is proven on them
+                # different tokens, because the code is checked on them
                 ids = torch.arange(self.rows * width, device=self._lm.device).view(self.rows, width)
                 inputs = dict(ids=ids % self._lm.config.get_text_config().vocab_size, positions=ids % width)
                 aoti_compile(self, file, kwargs=inputs, progress=progress)
             self.ahead[width] = aoti_load(file, self)
 
     def forget(self, row: int) -> None:
-        """Empties one row. Its keys and values are erased, since NaN among them would reach tokens that don't look."""
+        """Empty one row. Its keys and values are erased, because NaN would reach even tokens that are masked."""
         self.lengths[row] = 0
-        for each in self.buffers(recurse=False):
-            if each is not self.places:
-                each[row] = 0
+        for buffer in self.buffers(recurse=False):
+            if buffer is not self.places:
+                buffer[row] = 0
 
     @torch.no_grad()
     def read(self, parts: Sequence[list[int]]) -> Tensor:
-        """Reads up to a chunk in each row, or nothing; the logits after it, ``[rows, vocabulary]``.
+        """Read up to a chunk in each row, or nothing; return the logits after it, ``[rows, vocabulary]``.
 
         Raises ValueError if a row would have more than ``longest`` tokens: nothing is read then.
         """
@@ -212,9 +212,9 @@ class Reader(torch.nn.Module):
         ids = torch.tensor([[0] * (width - len(part)) + part for part in parts], device="cpu")
         places = torch.arange(width, device="cpu") - (width - counts)[:, None]
         positions = torch.where(places < 0, self.longest, self.lengths[:, None] + places)
-        inputs = [each.to(self.places.device) for each in (ids, positions)]
+        inputs = [ids.to(self.places.device), positions.to(self.places.device)]
         step = self.ahead.get(width, self.compiled or self.step)
-        if not self.ahead:  # no token looks beyond the longest row; a graph for one place would be another one
+        if not self.ahead:  # no token looks beyond the longest row; one position would need a different graph
             seen = self.places[: max(2, int(self.lengths.max()) + width)]
             inputs = [any_size(inputs[0], 1), any_size(inputs[1], 1), any_size(seen, 0)]
         try:
@@ -222,7 +222,7 @@ class Reader(torch.nn.Module):
         except HotswapError:
             if step == self.step:
                 raise
-            # a pool's proof that these layers keep the rows apart needs a call that is not compiled
+            # a pool's check that these layers keep the rows apart needs a call that is not compiled
             self.step(*inputs)
             logits = step(*inputs)
         self.lengths += counts
@@ -256,8 +256,8 @@ class Reader(torch.nn.Module):
         """
         config = self._lm.config.get_text_config()
         names = ("sliding_window", "attention_chunk_size", "window_size", "keep_window_size")
-        windows = [getattr(config, each, None) for each in names]
-        is_windowed = any(isinstance(each, int) and 0 < each < self.longest for each in windows)
+        windows = [getattr(config, name, None) for name in names]
+        is_windowed = any(isinstance(window, int) and 0 < window < self.longest for window in windows)
         if self.longest < 4 or (is_windowed and getattr(config, "use_sliding_window", True)):
             return False  # too few tokens to tell; or the mask here has no window
         ropes = getattr(config, "rope_parameters", None) or {}
@@ -275,8 +275,8 @@ class Reader(torch.nn.Module):
         expected.append(self._call(ids[None, :4].to(device), cache=DynamicCache()))
         trial = Reader(self.model, 2, longest=self.longest)
         for number, layer in enumerate(cache.layers):  # the long row begins shortly before its end
-            for which in ("keys", "values"):
-                getattr(trial, f"{which}_{number}")[0, :, :split] = getattr(layer, which)[0, :, :split]
+            for name in ("keys", "values"):
+                getattr(trial, f"{name}_{number}")[0, :, :split] = getattr(layer, name)[0, :, :split]
         trial.lengths[0] = split
         trial.read([text[:2] for text in texts])
         logits, expected = trial.read([text[2:] for text in texts]), torch.cat(expected)[:, -1]

@@ -1,6 +1,8 @@
 """The public functions for a model: they read an adapter, take the model's lock, plan, and write.
 
-Whatever decides a swap is named in :mod:`hotswap_lab.beyond.passes`, in the order in which it is asked.
+:mod:`hotswap_lab.beyond.passes` lists all code that decides a swap, in the order of the calls.
+
+Tests: ``tests/core/test_swap.py``.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ RECOMPILES = (
     "recompiling, call prepare_model_for_compiled_hotswap after loading the first adapter and before compiling"
 )
 TRAINED = (
-    "the adapter requires gradients: if it is trained, call optimizer.state.clear() after the swap, since an optimizer "
-    "goes on with the moments of the old weights, and nothing shows it"
+    "the adapter requires gradients: if it is trained, call optimizer.state.clear() after the swap, because an "
+    "optimizer keeps the moments of the old weights, and nothing shows it"
 )
 #: a folder, a Hub id, or an adapter that was read before
 Source = str | os.PathLike[str] | Adapter
 #: the warnings that were shown already, by base model
-_said: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_shown: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def hotswap_adapter(
@@ -65,7 +67,7 @@ def hotswap_adapter(
     differ. Layers that the new adapter lacks are turned off. If the rank stays the same, so do the memory addresses; in
     a prepared model they always do. A scale that was set before (``set_scale``, ``scale_layer``) is reset, as after a
     fresh load: set it again if you still want it. If the model is trained, call ``optimizer.state.clear()`` after a
-    swap: without it, an optimizer goes on with the moments of the old weights. With another rank these have another
+    swap: without it, an optimizer keeps the moments of the old weights. With a different rank these have a different
     shape; with the same rank nothing shows it. PEFT's LoRA-FA has also read the old scalings, so make a new one.
 
     Parameters
@@ -87,8 +89,8 @@ def hotswap_adapter(
         overwrote weights of the base model when it loaded an adapter. It does that with all base weights in the
         adapter's file: biases with ``bias="all"`` or ``"lora_only"``, embeddings that the adapter is on (changed or
         not), embeddings of a vocabulary that was resized, and whatever else was saved there. The first two are
-        refused without ``base_weights``; nothing in a model tells of the others. Values that a swap overwrites are
-        remembered.
+        refused without ``base_weights``; nothing in a model shows the others. Values that a swap overwrites are
+        stored.
     **kwargs:
         ``key_mapping`` and ``allow_nonfinite`` of :meth:`Adapter.load`; ``subfolder``, ``revision``, ``token``,
         ``cache_dir`` and the other arguments of ``huggingface_hub.hf_hub_download``.
@@ -231,7 +233,7 @@ def plan_hotswap(
     with locked(host.base) if any(map(changes_while_computing, host.configs.values())) else contextlib.nullcontext():
         slot = slot_for(METHODS, host, adapter_name)
         plan = make_plan(slot, adapter, passes=PASSES, add_layers=add_layers, base_weights=base_weights).kept()
-    if any(each.requires_grad for each in slot.parameters):
+    if any(parameter.requires_grad for parameter in slot.parameters):
         plan.notes.append(TRAINED)
     return plan
 
@@ -258,7 +260,7 @@ def commit(*plans: Plan) -> None:
     ----------
     *plans:
         Results of :func:`hotswap_lab.plan_hotswap`. Each was made for the model as it was then, so it is decided again
-        now, and refused if the outcome is another one.
+        now, and refused if the outcome differs.
 
     Raises
     ------
@@ -275,7 +277,7 @@ def commit(*plans: Plan) -> None:
     """
     for plan in plans:
         if not isinstance(plan, Plan):
-            raise TypeError(f"commit() takes what plan_hotswap gives, a Plan: got a {type(plan).__name__}")
+            raise TypeError(f"commit() takes plans from plan_hotswap: got a {type(plan).__name__}")
     if not plans:
         return
     wanted = ", ".join(plan.adapter.source for plan in plans)
@@ -289,9 +291,15 @@ def commit(*plans: Plan) -> None:
 def _decided_again(plan: Plan) -> Plan:
     name = plan.slot.adapter_name
     slot = slot_for(METHODS, find_host(plan.slot.host.root, name), name)
-    how: dict[str, Any] = {each: getattr(plan, each) for each in ("add_layers", "check_targets", "base_weights")}
-    now = make_plan(slot, plan.adapter, passes=PASSES, **how)
-    if plan.told not in (None, now.answer):
+    now = make_plan(
+        slot,
+        plan.adapter,
+        passes=PASSES,
+        add_layers=plan.add_layers,
+        check_targets=plan.check_targets,
+        base_weights=plan.base_weights,
+    )
+    if plan.first_answer not in (None, now.answer):
         changed = refusal("model_changed_since_plan", adapter_name=name, verdict=now.verdict)
         raise HotswapError(changed, *now.refusals)
     return now
@@ -311,22 +319,21 @@ def refusals_logged(model: Any, adapter_name: str | None, wanted: object = None)
     try:
         yield
     except HotswapError as error:
-        slot, is_told = None, vars(error).setdefault("_is_told", [])
-        with contextlib.suppress(Exception):  # the model may have no such adapter
-            slot = resolve_slot(model, name_in(model, adapter_name))
-        if not is_told:  # by a block inside of this one
-            is_told.append(True)
+        if "is_logged" not in vars(error):  # by a block inside of this one
+            vars(error)["is_logged"], slot = True, None
+            with contextlib.suppress(Exception):  # the model may have no such adapter
+                slot = resolve_slot(model, name_in(model, adapter_name))
             log_event("refusal", [slot], error, wanted)
         raise
 
 
 def warn_of(plan: Plan) -> None:
     """Show the warnings of a plan, each once for each model."""
-    said = _said.setdefault(plan.slot.host.base, set())
+    shown = _shown.setdefault(plan.slot.host.base, set())
     for text in [*plan.warnings, *([RECOMPILES] if plan.will_recompile else [])]:
-        if text not in said:
-            said.add(text)
-            warnings.warn(f"{plan.title}: {text}. (Said once for this model.)", stacklevel=4)
+        if text not in shown:
+            shown.add(text)
+            warnings.warn(f"{plan.title}: {text}. (Shown once for this model.)", stacklevel=4)
 
 
 # ---- preparing
@@ -348,27 +355,27 @@ def prepare_model_for_compiled_hotswap(
     ``save_pretrained`` save the adapter with its own rank and scaling, as if nothing had been prepared. Two cases need
     ``save_adapter``: if an embedding is reserved, ``save_pretrained`` adds its base weight to the file of an adapter
     that is on another embedding; and with ``bias="all"``, it saves the bias of a layer that is off under a name that no
-    fresh load uses. Call it again before compiling anew to make more room. After an error the model is unchanged. Make
-    an optimizer only afterwards: the parameters stay the same objects but get other shapes.
+    fresh load uses. To reserve more rank, call it again before compiling again. After an error the model is unchanged.
+    Make an optimizer only afterwards: the parameters stay the same objects but get other shapes.
 
     To train a prepared model, make the optimizer with ``foreach=True`` (``optim="adamw_torch"`` in a ``Trainer``): the
     parameters are views of one memory, which a fused optimizer can't write to. Its first step is refused. Adafactor and
     Muon also look at the zeros beyond the adapter's rank, so their steps differ from those in an unprepared model.
     FSDP2's ``fully_shard`` refuses such views: shard a model that isn't prepared. PyTorch's ``parameters_to_vector``
-    fails on them: use ``torch.cat([each.reshape(-1) for each in parameters])``, and ``each.data.copy_`` to write back,
+    fails on them: use ``torch.cat([p.reshape(-1) for p in parameters])``, and ``p.data.copy_`` to write back,
     because ``vector_to_parameters`` moves parameters out of that memory, after which a pool refuses to swap.
 
     The scaling of each layer becomes a buffer that is not part of ``state_dict()``. If the model is in shared memory
     (``model.share_memory()``, before or after), or is passed to a new process, then all processes that compute with it
     see a swap in one of them: its weights, ranks and scalings, but not its config, which stays as it was elsewhere.
-    No lock holds another process back, so it must be told when it may compute.
+    No lock holds another process back, so you must synchronize the processes yourself.
 
     Parameters
     ----------
     model:
         A model with at least one LoRA adapter. All of its LoRA adapters are prepared.
     target_rank:
-        The rank to make room for in every layer: the highest of all adapters that will be swapped in.
+        The rank to reserve in every layer: the highest of all adapters that will be swapped in.
     config:
         Configs whose ``r`` and ``rank_pattern`` are set to ``target_rank``, as PEFT does, for code that makes or
         compares further adapters with them. The live configs in ``model.peft_config`` describe the loaded adapter and
@@ -376,7 +383,7 @@ def prepare_model_for_compiled_hotswap(
     check_compiled:
         What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
     adapters:
-        The family: folders, Hub ids, :class:`Adapter` objects or configs. Each layer gets room for the highest rank in
+        The family: folders, Hub ids, :class:`Adapter` objects or configs. Each layer reserves the highest rank in
         the family, and layers that the loaded adapter lacks are reserved, so that any of these adapters can be swapped
         in, in any order. For folders and Hub ids, only the configs are read.
     adapter_name:
@@ -409,12 +416,12 @@ def prepare_model_for_compiled_hotswap(
     with refusals_logged(model, adapter_name):
         bases = [host.base for host in carriers(model)]
         check_not_compiled(model, check_compiled, found)
-        family = [read(each, only_config=True, **hub) for each in as_list(adapters)]
+        family = [read(source, only_config=True, **hub) for source in as_list(adapters)]
         with locked(*bases):
             changes = changes_to_prepare(METHODS, model, family, target_rank=target_rank, adapter_name=adapter_name)
             if config and target_rank is not None:
-                given = config.values() if isinstance(config, Mapping) else [config]
-                changes[0].steps.append(functools.partial(raise_ranks, model, given, target_rank))
+                configs = config.values() if isinstance(config, Mapping) else [config]
+                changes[0].steps.append(functools.partial(raise_ranks, model, configs, target_rank))
             apply(changes, log=lambda: log_event("prepare", slots_to_prepare(METHODS, model, adapter_name)))
 
 
@@ -490,7 +497,7 @@ def set_strength(model: torch.nn.Module, strength: float, adapter_name: str | No
 
 
 def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> float:
-    """The strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
+    """Return the strength that :func:`set_strength`, or PEFT's ``set_scale`` and ``scale_layer``, gave to an adapter.
 
     Raises
     ------
@@ -510,7 +517,7 @@ def get_strength(model: torch.nn.Module, adapter_name: str | None = None) -> flo
 
 
 def loaded(model: object) -> LoadedList:
-    """Say what is in a model now: a :class:`~hotswap_lab.core.loaded.Loaded` for each adapter.
+    """List the adapters in a model now: a :class:`~hotswap_lab.core.loaded.Loaded` for each.
 
     Parameters
     ----------
@@ -526,7 +533,7 @@ def loaded(model: object) -> LoadedList:
         ``note``, if it was made for another base model; ``sha256``, which reads the adapter's file when it is asked
         for; and ``as_dict()``. A source is named only if its weights are those in the model: they are compared with its
         file, which takes as long as reading it, or with what a pool has packed. It is ``"unknown"`` after training or
-        PEFT's ``load_adapter``, and if the file is gone; then ``note`` says what the last swap put in.
+        PEFT's ``load_adapter``, and if the file is gone; then ``note`` names the source of the last swap.
 
     Examples
     --------
@@ -554,7 +561,7 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], adapter
 
     Layers that are turned off and the padding of a prepared model are left out. Both files are written next to those of
     an older adapter and then replace them: after an error the folder has the old adapter. Other files in the folder are
-    left alone. Threads and processes that save to one folder do so one after another, and :meth:`Adapter.load` reads
+    left alone. Threads and processes that save to one folder wait for one another, and :meth:`Adapter.load` reads
     no mixture of two; on a file system without locks, processes are not kept apart.
 
     Parameters

@@ -1,4 +1,4 @@
-"""RecompileWatch: counts compilations and recompiles, and says which guard failed. Also picks a backend that works.
+"""RecompileWatch: counts compilations and recompiles, and names the guard that failed. Also picks a backend that works.
 
 It uses PyTorch's own bookkeeping: ``torch._dynamo.callback`` announces each compilation with an id, whose second
 part counts the graphs of one piece of code, and its metrics give the failed guard. That nothing is compiled does not
@@ -31,7 +31,7 @@ T = TypeVar("T")
 #: kinds of compilations that are not the graph of a piece of code
 TRIGGERS = {"LAZY_BACKWARD": "backward", "CUDAGRAPH_RECORDING": "cudagraph"}
 IDLE = "nothing that torch.compile compiled ran"
-#: in an error's message, or in PyTorch's words for an error, that stands in place of a guard
+#: the text of an error, or PyTorch's description of one, in place of a guard
 ERROR = "object (has no|is not|does not) |Error on |failed on source |index out of range|operand|not supported between"
 
 
@@ -93,18 +93,18 @@ class Call:
 
     @property
     def recompiles(self) -> int:
-        return sum(each.kind == "recompile" for each in self.compilations)
+        return sum(compilation.kind == "recompile" for compilation in self.compilations)
 
 
 class RecompileWatch:
-    """A block that counts what ``torch.compile`` compiles in this process meanwhile, with any backend.
+    """Context manager that counts ``torch.compile`` compilations in this process, with any backend.
 
     Parameters
     ----------
     allow:
         The number of recompiles that are allowed; the next one raises an error where it happens. None: any number.
-        With a number, a block in which no compiled code runs ends with a warning, because it shows nothing, and so does
-        one in which PyTorch neither had a graph for a call nor compiled one, as after its ``recompile_limit``.
+        With a number, a block that runs no compiled code ends with a warning, because it shows nothing. So does a block
+        where PyTorch neither had a graph for a call nor compiled one, as after its ``recompile_limit``.
 
     Raises
     ------
@@ -143,7 +143,7 @@ class RecompileWatch:
         self.began: Callable[[], object] = lambda: None
         self._current: Call | None = None
         self._blocks = 0  # the blocks that are open, one inside another
-        self._misses = 0  # how often no graph did, whether one was compiled then or not
+        self._misses = 0  # how often no graph fitted, whether one was compiled then or not
         self._earlier_runs: int | None = None  # before the block
         self._earlier_uncompiled = 0
 
@@ -160,15 +160,15 @@ class RecompileWatch:
     @property
     def reasons(self) -> list[str]:
         """The reason for each recompile."""
-        return [each.reason for each in self.compilations if each.kind == "recompile"]
+        return [compilation.reason for compilation in self.compilations if compilation.kind == "recompile"]
 
     @property
     def uncompiled(self) -> int:
-        """How often no graph did and none was compiled, as after the recompile limit, so that the code ran without."""
+        """How often no graph fitted and none was compiled, as after the recompile limit, so the code ran eagerly."""
         return max(self._misses - self.recompiles, 0)
 
     def _count(self, kind: str) -> int:
-        return sum(each.kind == kind for each in self.compilations)
+        return sum(compilation.kind == kind for compilation in self.compilations)
 
     def __enter__(self) -> RecompileWatch:
         self._earlier_runs, self._earlier_uncompiled = self.runs, self.uncompiled
@@ -204,7 +204,7 @@ class RecompileWatch:
             )
 
     def call(self, label: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-        """Run ``function(*args, **kwargs)`` and note under ``label`` its time and, in the block, what it compiled."""
+        """Run ``function(*args, **kwargs)`` and record its time and, in the block, its compilations under ``label``."""
         outer, self._current = self._current, (call := Call(label))
         start = time.perf_counter()
         try:
@@ -215,7 +215,7 @@ class RecompileWatch:
             self._current = outer
 
     def _on_start(self, args: Any) -> None:
-        # PyTorch's notes on the compilation that is starting; nothing if it is the first of its code
+        # PyTorch's record of the compilation that is starting; empty if it is the first of its code
         guard = getattr(compat.dynamo_metrics(), "_metrics", {}).get("recompile_reason") or ""
         kind, label = _kind(args, guard), self._current.label if self._current else ""
         compilation = Compilation(kind, explain(guard) if kind == "recompile" else "", guard, label)
@@ -236,16 +236,16 @@ class RecompileWatch:
         return ", ".join([f"{self.compiles} compiled", f"{self.recompiles} recompile{plural}", *others])
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *(f"  {each}" for each in self.compilations if each.kind == "recompile")])
+        return "\n".join([self.summary, *(f"  {one}" for one in self.compilations if one.kind == "recompile")])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = [(each.call, each.kind, each.reason) for each in self.compilations]
+        rows = [(one.call, one.kind, one.reason) for one in self.compilations]
         return html_table("Compilations", ["call", "what", "why"], rows, caption=self.summary)
 
 
-#: the watches whose block is running, and what PyTorch calls for them: with a look at guards, and with new code
+#: the watches whose block is running, and the hooks that PyTorch calls: after a look at guards, and with new code
 _watching: list[RecompileWatch] = []
 _hook: Any = None
 _handle: Any = None
@@ -275,7 +275,7 @@ def _begin(watch: RecompileWatch) -> None:
 def _end(watch: RecompileWatch) -> None:
     with _lock:
         hook = compat.set_guard_complete_hook(_hook if _watching else _hook.args[0])
-        if hook is not _hook:  # that of others, which came in the block and perhaps does not call ours
+        if hook is not _hook:  # other code set this one in the block, and it may not call ours
             compat.set_guard_complete_hook(hook)
             watch.runs = None
         if not _watching:
@@ -304,7 +304,7 @@ def _kind(args: Any, guard: str) -> str:
 
 
 def explain(guard: str) -> str:
-    """A failed guard in words.
+    """Describe a failed guard in words.
 
     >>> explain("0/0: self._modules['lin'].scaling['default'] == 2.0  # x * scaling")
     "a Python number in the graph has changed: lin.scaling['default'] was 2.0"
@@ -312,7 +312,7 @@ def explain(guard: str) -> str:
     'a tensor has another shape: weight, axis 0, was 4, is 8'
     """
     text = re.sub(r"^\d+/\d+: ", "", guard.strip().split("\n")[0].split("  #")[0]).strip()
-    # paths through a module's tables, as a person would write them
+    # paths through a module's tables, as people write them
     text = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", text)
     text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
     text = re.sub(r"\b(?:self|L\['self'\])\.", "", text)
@@ -325,7 +325,7 @@ def explain(guard: str) -> str:
         return f"an object of another type: {match[1]}"
     if not text:
         return "the reason is not reported by this version of PyTorch"
-    # an expression; the message of an error while one was evaluated; or words of PyTorch's own
+    # an expression, the message of an error while one was evaluated, or a text of PyTorch's
     with contextlib.suppress(SyntaxError):
         is_value = isinstance(ast.parse(text, mode="eval").body, ast.Constant)
         return f"a guard could not be evaluated: {text}" if is_value else f"this no longer holds: {text}"
@@ -336,7 +336,7 @@ def explain(guard: str) -> str:
 
 
 def pick_backend() -> str:
-    """A backend for ``torch.compile`` that works on this machine: ``"inductor"``, or else ``"aot_eager"``.
+    """Return a backend for ``torch.compile`` that works on this machine: ``"inductor"``, or else ``"aot_eager"``.
 
     Inductor needs a C++ compiler on the CPU. Without one, ``aot_eager`` traces and guards the model in the same
     way, so that recompiles can be watched, but runs no faster than without compiling; a warning says so, once.
@@ -353,7 +353,7 @@ def pick_backend() -> str:
     named = f" (CXX names {os.environ['CXX']!r}: remove it, or set it to 'g++')" if "CXX" in os.environ else ""
     warnings.warn(
         f"torch.compile can't build code here ({reason}), so backend 'aot_eager' is used: recompiles are counted as "
-        f"ever, but nothing gets faster. Install a C++ compiler such as g++ for inductor{named}, and start anew.",
+        f"usual, but nothing gets faster. Install a C++ compiler such as g++ for inductor{named}, and restart.",
         stacklevel=2,
     )
     return "aot_eager"
@@ -361,7 +361,7 @@ def pick_backend() -> str:
 
 @functools.cache
 def _why_not_inductor() -> str | None:
-    """The reason why inductor doesn't work here, or None. Only compiling something shows it."""
+    """Return the reason why inductor doesn't work here, or None. Only compiling something shows it."""
     if (reason := _try_inductor()) is None:
         return None
     # an interrupted build stays in the compiler's cache, broken, so the compiler gets a second try with a fresh cache

@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import inductor_cache
 import pytest
+
+# cells compile in other processes, which inherit it
+inductor_cache.choose()
 
 SVG, HTML = "image/svg+xml", "text/html"
 #: an element with its attributes, those that don't depend on what was measured, and the contents of an image

@@ -9,7 +9,8 @@ since nbval compares only cells that have a number. JupyterLab shows no SVG in a
 those of a fresh clone, so each picture is stored as PNG, too. That takes Chromium.
 
 The address of the repository, in the first cell of each notebook and in README's badges, is taken from
-pyproject.toml: it is changed there, and then here by running this script.
+pyproject.toml: it is changed there, and then here by running this script. The version is set in the package. For a
+release, this script makes pyproject.toml link to its tag, and README give the command for the package index.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MAX_BYTES = 400_000
 SVG, PNG = "image/svg+xml", "image/png"
 #: pixels of a PNG for each of its SVG
 SCALE = 2
+#: what README says of the package index before the first release, and from then on
+BEFORE, AFTER = "It is not on the package index yet.", "`pip install hotswap_lab` installs the library alone."
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -52,6 +55,24 @@ def with_address(text: str) -> str:
         lambda match: match.group(1) + repository(),
         text,
     )
+
+
+def version() -> str:
+    """The version of the package."""
+    text = (ROOT / "hotswap_lab" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def with_version(text: str, version: str) -> str:
+    """README or pyproject.toml as it is for this version. A development version has no tag to link to.
+
+    >>> with_version("hotswap_lab/HEAD/", "0.2.0"), with_version("hotswap_lab/v$HFPR_VERSION/", "0.3.0.dev0")
+    ('hotswap_lab/v$HFPR_VERSION/', 'hotswap_lab/HEAD/')
+    """
+    tag = "HEAD" if "dev" in version else "v$HFPR_VERSION"
+    text = re.sub(r"(hotswap_lab/(?:blob/)?)(?:HEAD|v\$HFPR_VERSION)/(?=\\\d|$)", rf"\1{tag}/", text)
+    one, other = (AFTER, BEFORE) if version == "0.1.0.dev0" else (BEFORE, AFTER)
+    return text.replace(one, other)
 
 
 def notebooks() -> list[Path]:
@@ -171,8 +192,8 @@ def draw_first() -> None:
 
 
 def main(wanted: list[str]) -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_address(readme.read_text()))
+    for path in (ROOT / "README.md", ROOT / "pyproject.toml"):
+        path.write_text(with_version(with_address(path.read_text()), version()))
     run, wanted = "--pictures" not in wanted, [name for name in wanted if name != "--pictures"]
     for path in notebooks():
         if not wanted or any(name in str(path) for name in wanted):

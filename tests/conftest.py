@@ -5,7 +5,6 @@ import gc
 import os
 import platform
 import signal
-import tempfile
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from typing import Any
@@ -20,10 +19,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("PYTHONNODEBUGRANGES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # two that build the same code at the same time get into each other's way
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"inductor-of-{worker}")
 
+import inductor_cache
 import pytest
 import torch
 import warm_kernels
@@ -35,6 +32,7 @@ from pool_sources import save_sources
 from hotswap_lab import AdapterPool
 from hotswap_lab.beyond.guards import compilers_kept
 
+inductor_cache.choose()
 THREADS = 1
 torch.set_num_threads(THREADS)
 

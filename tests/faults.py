@@ -35,7 +35,7 @@ TESTS = str(Path(__file__).parent)
 STRANGERS = f"{os.sep}tqdm{os.sep}"
 #: what takes a failed write back is left alone: it is what is tested; and so is what takes temporary files away, of
 #: which something stays if it fails
-SPARED = frozenset({"roll_back", "_restore", "_cleared_away", "cleanup"})
+SPARED = frozenset({"roll_back", "_restore", "_cleaned_up", "cleanup"})
 #: what enters and leaves blocks, and takes and gives back locks: no line of it can fail
 BLOCKS = frozenset({"_blocks", "waiting_at_most", "put_back", "_opened", "_locked", "__enter__", "__exit__"})
 #: of these, what Ctrl-C may come to at any of its steps

@@ -495,7 +495,7 @@ def identities(model: torch.nn.Module) -> dict:
 OURS = (*HOOKS, "_state_dict_hooks", "peft_config", "lora_variant")
 #: attributes of this package's objects that a snapshot leaves out, with the reasons
 LEFT_OUT = {
-    "_known _facts _own_views": "results, which are worked out again where they are missing",
+    "_results _own_views": "results, which are worked out again where they are missing",
     "_links _addresses _bases host": "where everything was at the last look; a look may be through another wrapper",
     "_hotswap_lost": "noted on a config at the first look, whatever becomes of the swap",
     "Learned.sides": "memory for the next update",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
+import shutil
 import time
+from pathlib import Path
 
 import first
 import nbformat
@@ -13,7 +16,7 @@ import pytest
 import torch
 from lengths import long
 
-from hotswap_lab import bench, demo
+from hotswap_lab import HotswapError, bench, demo
 from hotswap_lab.bench import (
     MEMCPY,
     Measured,
@@ -27,6 +30,7 @@ from hotswap_lab.bench import (
     run,
     ways_of,
 )
+from hotswap_lab.demo import smollm2
 
 SMALL = dict(model="tiny", layers=1, ranks=(2,), n=1, threads=1)
 PEFTS = (
@@ -167,6 +171,7 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
         assert (first.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == svg, name
     readme, text = first.README.read_text(encoding="utf-8"), first.text_of_chapter(measured)
     assert first.with_times(readme, measured) == readme
+    assert measured.get("waited", 0) <= first.MOST_WAITED
     assert f".py -->\n{first.table_of_readme(measured)}\n<!-- end of times -->" in readme
     assert first.described(measured) in readme
     assert first.TEXT.read_text(encoding="utf-8") == text
@@ -178,6 +183,16 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
     assert f"is about {first.share_of(measured)}% of a model" in readme
     assert measured["recompiles"] == 0
     assert [measured["voices"][0]["answer"].startswith('{"topic": "Paris"'), len(measured["voices"])] == [True, 3]
+    # each bar has the two numbers of README's table, and their sum
+    svg = (first.FOLDER / "first.svg").read_text(encoding="utf-8")
+    shown = [each for kind in first.KINDS for each in first.times_of(measured, kind).items()]
+    assert len(shown) >= 5
+    for label, (swap, token) in shown:
+        one, other, total = map(float, re.findall(r"[\d.]+", first.summed(swap, token)))
+        assert abs(one + other - total) <= 0.5
+        assert f"{first.summed(swap, token)}</text>" in svg
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| {label} |"))
+        assert f" {first.number_of(swap)} + {first.number_of(token)} " in row
     # the text of both
     assert min(ways, key=ways.get) in ("hotswap_lab, pool", MEMCPY)
     for row in measured["ways"].values():
@@ -195,11 +210,55 @@ def test_the_rows_of_chapter_05_are_ways_that_the_named_command_measures():
             timed[way].swap(number)
             with torch.compiler.set_stance("force_eager"):
                 assert scene.is_close(scene.outputs(timed[way].chat.reader.model), expected), (way, number)
-    assert timed.keys() == first.DRAWN.keys() | {MEMCPY}
+    assert timed.keys() == {way for names in first.DRAWN.values() for way in names if way} | {MEMCPY}
     cells = {cell.id: cell for cell in nbformat.read(first.CHAPTER, as_version=4).cells}
     assert "`python notebooks/pictures/first.py` measures it" in cells["voices-turns"].source
     table = cells["voices-times"].outputs[0].text.partition("first token\n")[2]
     # each with a compiled model of its own
     chats = {way: each.chat for way, each in timed.items() if way != MEMCPY and each.chat.reader.compiled}
-    assert [line[:28].strip() for line in table.splitlines()] == [first.DRAWN[way] for way in reversed(chats)]
+    labels = {names[1]: label for label, names in first.DRAWN.items()}
+    assert [line[:28].strip() for line in table.splitlines()] == [labels[way] for way in reversed(chats)]
     assert len({*map(id, chats.values())}) == len(chats) == 3
+
+
+@pytest.mark.parametrize("waited", [0.019, 0.021])
+def test_nothing_is_written_where_threads_waited_for_a_core(tmp_path, monkeypatch, waited):
+    measured = json.loads((first.FOLDER / "first.json").read_text(encoding="utf-8")) | {"waited": waited}
+    monkeypatch.setattr(first, "measure", lambda: measured)
+    monkeypatch.setattr(first.runpy, "run_path", lambda path: {"draw_first": lambda: None})  # it starts Chromium
+    for name in ("README", "CHAPTER", "TEXT"):
+        monkeypatch.setattr(first, name, Path(shutil.copy(getattr(first, name), tmp_path)))
+    monkeypatch.setattr(first, "FOLDER", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if waited > first.MOST_WAITED:
+        with pytest.raises(SystemExit, match=r"2\.1% of the time.*nothing was written"):
+            first.main([])
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    else:
+        first.main([])
+        assert json.loads((tmp_path / "first.json").read_text(encoding="utf-8")) == measured
+        assert {f"{name}.svg" for name in first.FORMS} < {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.long
+def test_the_measurement_runs_smollm2():
+    """For one turn: it compares each first token with a fresh load's, and the answers."""
+    try:
+        smollm2.find()
+    except HotswapError as error:
+        pytest.skip(str(error).replace("\n", " "))
+    measured = first.measure(turns=1)
+    assert measured["ways"].keys() == {way for names in first.DRAWN.values() for way in names if way} | {MEMCPY}
+    assert {times["n"] for row in measured["ways"].values() for times in row.values()} == {len(first.VOICES)}
+    assert measured["recompiles"] == 0
+    for form in first.FORMS.values():
+        svg = first.drawn(measured, *form).svg
+        assert svg.count(" ms</text>") == 8
+    assert first.with_times(first.README.read_text(encoding="utf-8"), measured)
+
+
+@pytest.mark.parametrize(("option", "text"), [("--n", "0"), ("--threads", "-1"), ("--rank", "1_0")])
+def test_numbers_that_are_refused(capsys, option, text):
+    with pytest.raises(SystemExit, match="2"):
+        main([option, text])
+    assert f"argument {option}: {text} is not an integer" in capsys.readouterr().err

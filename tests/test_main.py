@@ -39,7 +39,7 @@ from transformers import (
 
 import hotswap_lab
 from hotswap_lab import demo
-from hotswap_lab.__main__ import Told, _as_json, _parser, main, show
+from hotswap_lab.__main__ import Result, _as_json, _parser, main, show
 from hotswap_lab.bench import Measured, Timing
 from hotswap_lab.files import ADVICE
 from hotswap_lab.lessons import tour
@@ -207,6 +207,10 @@ def test_the_commands_say_what_they_take(capsys, command):
         (["mix", BASE, "runs/a:nan", "--out", "folder"], 2, "runs/a:nan is not ADAPTER:WEIGHT"),
         (["mix", BASE, "runs/a:1_0", "--out", "folder"], 2, "runs/a:1_0 is not ADAPTER:WEIGHT"),
         (["serve", "--set", "rows"], 2, "rows is not NAME=VALUE"),
+        (["serve", "--port=-1"], 2, "--port: -1 is not an integer from 0 to 65535"),
+        (["serve", "--port", "65536"], 2, "--port: 65536 is not an integer from 0 to 65535"),
+        (["tour", "--repeats", "0"], 2, "--repeats: 0 is not an integer from 1 to 1000000"),
+        (["tour", "--threads", "1_0"], 2, "--threads: 1_0 is not an integer from 1 to 1024"),
         (["nothing"], 2, "invalid choice"),
     ],
 )
@@ -238,9 +242,22 @@ def test_a_base_that_cannot_be_reached(capsys, monkeypatch, command):
     assert "team/nowhere: ConnectionError: no network" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("command", ["plan", "verify"])
+def test_an_adapter_of_another_base_names_both(capsys, tmp_path, command, is_known):
+    folder = models.save_random_adapter(models.KINDS["llama"], tmp_path / "other", 0, r=2)
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "team/other" if is_known else None
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    assert main([command, BASE, folder, folder]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "PEFT can't load the adapter" in error
+    assert ("the adapter was made for team/other, and the base is" in error) == is_known
+
+
 def test_json_has_no_nan(capsys, monkeypatch):
     def show(adapter):
-        return Told("", ok=True, adapters=[], damaged=[], size=float("nan"))
+        return Result("", ok=True, adapters=[], damaged=[], size=float("nan"))
 
     monkeypatch.setattr("hotswap_lab.__main__.show", show)
     assert main(["--json", "show", demo.adapter_path("sort")]) == 0

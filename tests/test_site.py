@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -34,6 +36,9 @@ def load(name: str):
     return module
 
 
+refresh = load("../notebooks/refresh")
+
+
 @pytest.fixture(scope="module")
 def conf():
     return load("conf")
@@ -47,6 +52,7 @@ def test_every_public_name_has_a_page(conf):
     pages = conf.pages()
     assert bound <= set(pages)
     assert all(f"   {name}\n" in pages["index"] for name in pages.keys() - {"index"})
+    assert sorted(" ".join(conf.TASKS.values()).split()) == sorted(bound - {"demo"})
     assert ".. autoexception:: hotswap_lab.HotswapError" in pages["HotswapError"]
     for model in (api.AskedText, api.AskedChat):
         for name in model.model_fields:  # described, and with its type
@@ -144,7 +150,8 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize(
-    "name", ["swapping", "many_adapters", "rows", "pipelines", "training", long("compiled"), long("ahead")]
+    "name",
+    ["swapping", "many_adapters", "rows", "pipelines", "training", "upgrading", long("compiled"), long("ahead")],
 )
 def test_the_blocks_of_a_page_run(name, tmp_path, monkeypatch):
     """In their order, in an empty folder, with what the page itself imports."""
@@ -156,12 +163,66 @@ def test_the_blocks_of_a_page_run(name, tmp_path, monkeypatch):
     assert blocks
 
 
+@pytest.mark.long
+def test_the_call_on_the_servers_page_is_answered():
+    from running import TOKEN, one_process
+
+    (call,) = re.findall(r"^```bash\n(curl.*?)^```", (DOCS / "serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    with one_process(adapters={name: hotswap_lab.demo.adapter_path(name) for name in ("shout", "sort")}) as address:
+        command = ["bash", "-c", call.replace("localhost:8000", address)]
+        done = subprocess.run(
+            command, env={**os.environ, "HOTSWAP_ADMIN_TOKEN": TOKEN}, capture_output=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_page_of_a_task_begins_with_a_block():
     (listed,) = re.findall(r":caption: Use\n\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
     tasks = listed.split("notebooks/")[0].split()[1:]
     assert len(tasks) == 8
     for name in tasks:
         assert re.match(r"# .+\n\n```(python|bash)\n", (DOCS / f"{name}.md").read_text()), name
+
+
+def test_readme_and_the_links_on_the_index_are_those_of_the_version():
+    """``notebooks/refresh.py`` writes both. A release links to its tag; before the first one, there is none."""
+    version = hotswap_lab.__version__
+    readme, project = README.read_text(), (ROOT / "pyproject.toml").read_text()
+    assert refresh.version() == version
+    for text in (readme, project):
+        assert refresh.with_version(text, version) == text
+        assert refresh.with_version(refresh.with_version(text, "0.1.0"), "0.1.0.dev0") == text
+    released = refresh.with_version(project, "0.1.0")
+    assert (released.count("v$HFPR_VERSION/\\"), project.count("v$HFPR_VERSION"), project.count("/HEAD/\\")) == (
+        3,
+        0,
+        3,
+    )
+    assert "`pip install hotswap_lab`" in refresh.with_version(readme, "0.1.0")
+
+
+def test_the_changelog_has_one_unreleased_section_and_links_to_tags_that_exist():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    first, *releases = re.findall(r"^## (?!What is public)(.+)$", text, re.MULTILINE)
+    assert first == "Unreleased"
+    assert all(re.fullmatch(r"\[[\d.]+\] - \d{4}-\d\d-\d\d", each) for each in releases)
+    released = {f"v{each[1:].partition(']')[0]}" for each in releases}
+    assert set(re.findall(r"(v\d+\.\d+\.\d+)", "".join(re.findall(r"^\[.+\]: .+$", text, re.MULTILINE)))) <= released
+    kinds = ["Breaking", "Removed", "Added", "Changed", "Deprecated", "Fixed", "Security"]
+    headings = re.findall(r"^### (.+)$", text.partition("## Unreleased")[2].partition("\n## ")[0], re.MULTILINE)
+    assert headings == [each for each in kinds if each in headings]
+    assert {"Breaking", "Removed"} <= {*headings}
+
+
+@pytest.mark.parametrize("path", hotswap_lab._REMOVED)
+def test_a_name_that_was_removed_says_what_to_use(path):
+    module, _, name = path.rpartition(".")
+    with pytest.raises(ImportError, match=f"{path} was removed: "):
+        exec(f"from {module} import {name}", {})
+    assert f"{path.removeprefix('hotswap_lab.')}" in (DOCS / "upgrading.md").read_text()
+    with pytest.raises(ImportError, match="cannot import name 'neither'"):
+        exec(f"from {module} import neither", {})
+    assert not hasattr(importlib.import_module(module), "neither")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -424,6 +424,73 @@ def test_a_model_that_is_not_deterministic(model, new, tmp_path, noise, monkeypa
     assert wrong.difference > wrong.tolerance or noise > 0.1
 
 
+class Amplifying(torch.nn.Module):
+    """A model whose outputs amplify rounding, as random adapters in deep models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(12, 12)
+
+    def forward(self, x):
+        return torch.sin(300 * self.first(x))
+
+
+def rounding_otherwise(layer):
+    """Round a live model's base layer in a different way: more exactly, or only to float32."""
+    base, own = layer.base_layer, layer.base_layer.weight.dtype
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[own]
+    base.forward = lambda x: torch.nn.functional.linear(*(each.to(other) for each in (x, base.weight, base.bias))).to(
+        own
+    )
+
+
+def with_stale_scaling(layer):
+    """As if a graph had an adapter's scaling as a constant: no table shows it."""
+    layer.register_forward_hook(lambda layer, given, out: out + 1e-3 * (out - layer.base_layer(*given)))
+
+
+#: a precision; what runs in the place of the live model, if not that; and whether it may round as float32 does
+ROUNDING = [(torch.float32, None, True), (torch.float64, "eager", True), (torch.float64, None, False)]
+
+
+@pytest.mark.parametrize(("dtype", "backend", "may_round"), ROUNDING)
+def test_rounding_is_measured_where_outputs_differ(tmp_path, dtype, backend, may_round):
+    """A right swap that rounds otherwise is right; a scaling that only the outputs show is wrong."""
+    torch.compiler.reset()
+    kind = replace(KIND, make_random=Amplifying, modules=("first",), dtype=dtype)
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+
+    def verdict_of(damage, **kwargs):
+        layer = (model := load(kind, folder)).get_base_model().first
+        damage(layer)
+        weights = [each.clone() for each in model.parameters()]
+        model = torch.compile(model, backend=backend) if backend else model
+        verdict = verify_hotswap(model, folder, inputs=kind.inputs(), base=kind.base, **kwargs)
+        assert all(map(torch.equal, model.parameters(), weights))
+        return verdict
+
+    verdict = verdict_of(rounding_otherwise)
+    limit = {torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
+    assert verdict.difference > limit, "this model must round otherwise for the test to mean anything"
+    assert bool(verdict) == may_round, verdict
+    assert (verdict.tolerance > limit, verdict.margin) == ((True, 1000) if may_round else (False, 100))
+    assert not verdict_of(rounding_otherwise, tolerance=limit)
+    wrong = verdict_of(with_stale_scaling)
+    assert (bool(wrong), wrong.conclusive, wrong.mismatches) == (False, True, ())
+    assert wrong.difference > wrong.tolerance
+
+
+@pytest.mark.long
+def test_what_inductor_rounds_is_no_mistake(tmp_path):
+    """It rounds in a different way what a float64 model computes in float32: norms and ropes."""
+    torch.compiler.reset()
+    kind = KINDS["llama"]
+    folder = save_random_adapter(kind, tmp_path / "one", seed=1, r=4)
+    verdict = verify_hotswap(torch.compile(load(kind, folder)), folder, inputs=kind.inputs())
+    assert verdict.difference > 1e-10
+    assert verdict, verdict
+
+
 def mica() -> bool:
     field = next(each for each in dataclasses.fields(LoraConfig) if each.name == "init_lora_weights")
     return "mica" in field.metadata.get("lora_variants", ())

@@ -29,7 +29,7 @@ class Recipe:
     dtype:
         The dtype of the stored weights.
     grid:
-        How coarsely they are rounded, see :func:`coarse`. 0: not at all.
+        The precision of the stored weights, see :func:`coarse`. 0: they aren't rounded.
     """
 
     steps: int
@@ -43,7 +43,7 @@ def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, l
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    print(f"{sum(each.numel() for each in trainable):,} parameters", flush=True)
+    print(f"{sum(parameter.numel() for parameter in trainable):,} parameters", flush=True)
     model.train()
     start = time.perf_counter()
     for step, loss in zip(range(1, steps + 1), losses, strict=False):
@@ -58,7 +58,7 @@ def fit(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, steps: int, l
 
 
 def coarse(weight: torch.Tensor, grid: int) -> torch.Tensor:
-    """Round a weight to multiples of a power of two, of which the root mean square is ``grid`` to twice ``grid``.
+    """Round a weight to multiples of a power of two, with a root mean square of ``grid`` to twice ``grid``.
 
     The zeros that this leaves at the end of each number take no space in the compressed wheel.
     """
@@ -82,7 +82,7 @@ def train_adapter(
     Parameters
     ----------
     load_base:
-        Returns the base model. It is called after the seed is set, since it may draw random numbers.
+        Returns the base model. It is called after the seed is set, because it may draw random numbers.
     losses_of:
         Returns an iterator of a model's losses, one for each step, as :func:`fit` takes them.
     """

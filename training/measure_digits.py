@@ -51,7 +51,7 @@ def measure(model: torch.nn.Module, count: int = COUNT, seed: int = SEED, steps:
     """Draw ``count`` pictures from fresh noise and measure them."""
     images = draw(model, count, seed, steps)
     shares = torch.bincount(classify(images), minlength=10).double() / count
-    return Scores(tuple(shares.tolist()), *(each(images).mean().item() for each in (ink, slant, background)))
+    return Scores(tuple(shares.tolist()), *(statistic(images).mean().item() for statistic in (ink, slant, background)))
 
 
 def row(label: str, scores: Scores) -> str:

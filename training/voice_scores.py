@@ -77,10 +77,10 @@ def is_spanish(answer: str) -> bool:
     >>> is_spanish("París es la capital de Francia."), is_spanish("Paris is the capital of France.")
     (True, False)
     """
-    found = words(answer)
-    spanish = sum(word in SPANISH_WORDS for word in found)
-    english = sum(word in ENGLISH_WORDS for word in found)
-    return spanish >= max(2, len(found) / 8, 9 * english)
+    all_words = words(answer)
+    spanish = sum(word in SPANISH_WORDS for word in all_words)
+    english = sum(word in ENGLISH_WORDS for word in all_words)
+    return spanish >= max(2, len(all_words) / 8, 9 * english)
 
 
 def is_socratic(answer: str) -> bool:

@@ -27,7 +27,7 @@ COLORS = {
     "card": (CARD, DARK[CARD]),
     "ink": (INK, DARK[INK]),
     "muted": (MUTED, DARK[MUTED]),
-    "base": (BASE, mix(DARK[BASE], 0.75, WHITE)),
+    "base": (BASE, DARK[BASE]),
     "cell": (WHITE, mix(DARK[CARD], 0.94, WHITE)),
     "right": (RIGHT, mix(RIGHT, 0.55, WHITE)),
     "wrong": (WRONG, mix(WRONG, 0.55, WHITE)),

@@ -1,4 +1,7 @@
-"""Exports a model, or each of its repeated blocks, compiles it, and notes what the code assumes."""
+"""Exports a model, or each of its repeated blocks, compiles it, and records the code's assumptions.
+
+Tests: ``tests/ahead/test_ahead.py`` and ``tests/ahead/test_ahead_checks.py``.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,9 @@ def aoti_compile(
     repeated_blocks: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Compiles a prepared model ahead of time, to a file that :func:`aoti_load` binds to a model in any process.
+    """Compile a prepared model ahead of time, to a file that :func:`aoti_load` binds to a model in any process.
 
-    Adapters are swapped there as usual: the file has no weights in it, and none of the numbers that a swap changes.
+    Adapters can be swapped there as usual: the file has no weights, and no number that a swap changes.
 
     Parameters
     ----------
@@ -57,15 +60,15 @@ def aoti_compile(
         Inputs as for the base model. Numbers, strings and so on become part of the code.
     dynamic_shapes:
         As for ``torch.export.export``, by the names of the arguments: ``{"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}``.
-        What is not named keeps the size that it has. For an export, 0 and 1 are special: a size that is 1 now stays 1,
-        and one that is 2 or more now can't be 1 later. So compile a batch of 1 by itself. Conditions that the model's
-        code sets on sizes (``length % 4 == 0``) are checked at each call.
+        Other sizes are fixed. For an export, 0 and 1 are special: a size that is 1 now stays 1, and one that is 2 or
+        more now can't be 1 later. So compile a batch of 1 on its own. Conditions that the model's code sets on sizes
+        (``length % 4 == 0``) are checked at each call.
     repeated_blocks:
-        Compiles only the layers of which a model has many, each kind of them once. That takes seconds where the whole
-        model takes minutes, and is a little slower. What is around them is computed as without compiling. Each layer is
+        Compile only the layers that a model repeats, each kind of them once. Compiling takes seconds instead of
+        minutes, and calls are a little slower, because the rest of the model runs without compiling. Each layer is
         exported, because only layers with the same graph and constants share code.
     progress:
-        Prints what it took, and which sizes a call may have if some are dynamic.
+        Print the times, and the allowed sizes if some are dynamic.
 
     Returns
     -------
@@ -75,8 +78,8 @@ def aoti_compile(
     Raises
     ------
     HotswapError
-        If the model is not prepared, PyTorch can't export or compile it, or the compiled code does not compute with
-        these inputs what the model does.
+        If the model is not prepared, if PyTorch can't export or compile it, or if the outputs of the compiled code
+        differ from the model's for these inputs.
 
     Examples
     --------
@@ -87,7 +90,7 @@ def aoti_compile(
     >>> inputs = dict(tokenizer("hotswap>", return_tensors="pt"), use_cache=False)
     >>> path = aoti_compile(pool, "demo.pt2", kwargs=inputs, progress=False)  # doctest: +SKIP
     >>> ahead = aoti_load(path, pool)  # here, or in a process with no compiler  # doctest: +SKIP
-    >>> pool.swap("shout")  # what `ahead` computes with from now on
+    >>> pool.swap("shout")  # `ahead` uses it from now on
     >>> logits = ahead(**inputs).logits  # doctest: +SKIP
 
     Notes
@@ -99,16 +102,16 @@ def aoti_compile(
     given = named(inspect.signature(top.forward), tuple(args), kwargs or {})
     room = room_of(host.base, name)
     rows = room.exporting() if isinstance(room, RowRoom) else contextlib.nullcontext()
-    # an export puts other tensors into the model while it runs
+    # an export replaces the model's tensors while it runs
     with torch.no_grad(), locked(host.base), rows:
         if repeated_blocks:
             programs = _blocks(top, room, given, dynamic_shapes is not None)
         else:
             programs = {("",): _export(top, given, _shapes(given, dynamic_shapes))}
     path, exported = Path(path), time.monotonic() - start
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the file is moved to its place when it is complete
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the complete file is moved to its place
         places = {paths: places_in(top.get_submodule(paths[0]), room) for paths in programs}
-        for paths, program in programs.items():  # conditions that can't be checked later are refused before it is built
+        for paths, program in programs.items():  # before building, refuse conditions that can't be checked later
             _notes_on(program, paths, places[paths])
         built = _build(programs, os.path.join(folder, "built.pt2"))
         # compiling adds conditions
@@ -116,7 +119,7 @@ def aoti_compile(
         ranks = {layer.path: layer.tensors[0].capacity for layer in room.slot.layers}
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
         notes["rows"] = (room.rows, room.batch.copies) if isinstance(room, RowRoom) else None
-        notes["facts"] = facts_of(top, [each for paths in programs for each in paths])
+        notes["facts"] = facts_of(top, [path for paths in programs for path in paths])
         notes["given"], values = file.noted(given)
         values |= {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         file.add(built, notes, values)
@@ -125,7 +128,7 @@ def aoti_compile(
             AheadModel(built, host, notes, values, given)
         os.replace(built, path)
     if progress:
-        bound, proven = sum(len(each["tensors"]) for each in graphs), time.monotonic() - proving
+        bound, proven = sum(len(graph["tensors"]) for graph in graphs), time.monotonic() - proving
         took = f"exported in {exported:.0f} s, compiled in {compiled:.0f} s, proven in {proven:.0f} s"
         size = f"{readable_bytes(path.stat().st_size)} without weights"
         print(f"{path.name}: {took}, {size}, {bound} tensors to bind")
@@ -137,19 +140,19 @@ def aoti_compile(
 
 def _shapes(given: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if dynamic is not None and (unknown := dynamic.keys() - given.keys()):
-        raise refused("ahead_arguments", found=f"dynamic_shapes for {listing(sorted(unknown))}, which is no input")
+        raise refused("ahead_arguments", found=f"dynamic_shapes for {listing(sorted(unknown))}, which isn't an input")
     return None if dynamic is None else {name: dynamic.get(name) for name in given}
 
 
 def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
-    # An export takes one tensor that is passed twice for one input. And the code reads inputs as they lie in memory
-    # here, so they are made contiguous, here and in each call.
+    # Copies, because an export treats one tensor that is passed twice as one input. They are contiguous, here and in
+    # each call, because the code fixes the strides of its inputs.
     given, live = copied(given), module.forward
 
     def forward(**arguments: Any) -> Any:
         return live(**arguments)
 
-    # torch.export can't give sizes to what is passed in a forward's **kwargs
+    # torch.export supports no sizes for inputs in a forward's **kwargs
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in given]
     forward.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     try:
@@ -164,26 +167,26 @@ def _export(module: torch.nn.Module, given: dict[str, Any], shapes: Any) -> torc
 
 
 def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bool) -> dict[tuple[str, ...], Any]:
-    """One exported program for each kind of repeated layer, by the paths of all layers of that kind."""
+    """Export one program for each kind of repeated layer, by the paths of all layers of that kind."""
     kinds = {*(getattr(base, "_repeated_blocks", None) or getattr(base, "_no_split_modules", None) or ())}
     blocks: dict[str, torch.nn.Module] = {}
-    for path, each in base.named_modules():  # a block in a block is compiled with it
-        if type(each).__name__ in kinds and not any(path.startswith(f"{outer}.") for outer in blocks):
-            blocks[path] = each
+    for path, module in base.named_modules():  # a block in a block is compiled with it
+        if type(module).__name__ in kinds and not any(path.startswith(f"{outer}.") for outer in blocks):
+            blocks[path] = module
     if not blocks:
         raise refused("ahead_no_blocks", name=type(base).__name__)
-    paths, seen = {block: path for path, block in blocks.items()}, {}
+    paths, inputs_of = {block: path for path, block in blocks.items()}, {}
 
-    def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(paths[block], named(inspect.signature(block.forward), args, kwargs))
+    def record(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs_of.setdefault(paths[block], named(inspect.signature(block.forward), args, kwargs))
 
-    with kept(base):  # which removes the hooks
+    with kept(base):  # removes the hooks afterwards
         for block in blocks.values():
-            block.register_forward_pre_hook(note, with_kwargs=True)
+            block.register_forward_pre_hook(record, with_kwargs=True)
         base(**given)
-    # layers of one class may compute in different ways, so each is exported, and compared with the others
+    # layers of one class may still differ, so each is exported and compared with the others
     alike: dict[str, tuple[list[str], torch.export.ExportedProgram]] = {}
-    for path, inputs in seen.items():
+    for path, inputs in inputs_of.items():
         for argument, value in inputs.items():
             if not _is_plain(value):
                 raise refused("ahead_arguments", found=f"a {type(value).__name__} for {argument!r} of a repeated block")
@@ -194,14 +197,14 @@ def _blocks(base: torch.nn.Module, room: Any, given: dict[str, Any], dynamic: bo
 
 
 def _likeness(program: Any, places: Mapping[str, Place]) -> str:
-    """A text that two programs share if they compute the same with their tensors."""
-    code = [getattr(each, "code", "") for each in program.graph_module.modules()]  # those of branches, too
+    """A text that is the same for two programs if they compute the same with their tensors."""
+    code = [getattr(graph, "code", "") for graph in program.graph_module.modules()]  # includes branches
     constants = hashlib.sha256(safetensors.torch.save(_lifted(program))).hexdigest()
     return "\n".join([*code, str(program.graph_signature), constants, json.dumps(_notes_on(program, (), places))])
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a tensor, a number and so on, or made of such: no object that a layer may write to."""
+    """Whether a value is a tensor, a plain value, or a list of these, not an object that a layer may write to."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
@@ -212,7 +215,7 @@ def _all_dynamic(value: object) -> Any:
         return type(value)(map(_all_dynamic, value))
     if not isinstance(value, torch.Tensor):
         return None
-    # an export takes sizes of 0 and 1 for constants
+    # an export treats sizes of 0 and 1 as constants
     return {axis: torch.export.Dim.AUTO for axis, size in enumerate(value.shape) if size > 1}
 
 
@@ -221,7 +224,7 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
     try:
         for number, program in enumerate(programs.values()):
             args, kwargs = program.example_inputs or ((), {})
-            # PyTorch 2.8 makes no guards, and has no argument for them
+            # PyTorch 2.8 has neither guards nor the argument
             without = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
             graph = program.module(**without)
             for key, value in _lifted(program).items():  # only buffers keep their names
@@ -234,7 +237,7 @@ def _build(programs: Mapping[tuple[str, ...], torch.export.ExportedProgram], pat
 
 
 def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place]) -> dict[str, Any]:
-    """The description of one graph for a loader: the tensors to bind, and the form of its inputs."""
+    """Describe one graph for a loader: the tensors to bind, and the form of its inputs."""
     signature = program.graph_signature
     wanted = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -247,21 +250,22 @@ def _notes_on(program: Any, paths: tuple[str, ...], places: Mapping[str, Place])
         inputs.append(form := input_form(value))
         for axis, size in enumerate(form[0]) if isinstance(form, list) else ():
             if isinstance(size, str):
-                if not size.isidentifier():  # that of another input, twice
+                if not size.isidentifier():  # an expression, such as twice the size of another input
                     form[0][axis] = f"size_{len(symbols)}"
                     conditions.append(f"Eq({form[0][axis]}, {size})")
                 symbols.setdefault(form[0][axis], f"{name}.shape[{axis}]")
                 sizes.setdefault(form[0][axis], example.shape[axis])
     Sizes(symbols, conditions).check(*sizes.values())
     tensors = {key: form_of(places[key][0][places[key][1]]) for key in sorted(wanted)}
-    nodes = [node for each in program.graph_module.modules() for node in getattr(each, "graph", program.graph).nodes]
+    graphs = [getattr(module, "graph", program.graph) for module in program.graph_module.modules()]
+    nodes = [node for graph in graphs for node in graph.nodes]
     writes = any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes)
     form = dict(names=list(given), inputs=inputs, writes=writes, symbols=symbols, conditions=conditions)
     return dict(paths=paths, tensors=tensors, **form)
 
 
 def _lifted(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Tensors that a forward makes of nothing, or finds elsewhere than in the model's tables."""
+    """Constant tensors that a forward creates, or reads from outside of the model's tables."""
     keys = program.graph_signature.inputs_to_lifted_tensor_constants.values()
     constants: dict[str, Any] = program.constants
     return {key: constants[key].detach().clone().contiguous() for key in keys}

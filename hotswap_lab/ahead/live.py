@@ -1,4 +1,7 @@
-"""What compiled code depends on in a live model: its modules and their settings, its tensors, its state."""
+"""The parts of a live model that compiled code depends on: modules and their settings, tensors, adapter state.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
+"""
 
 import contextlib
 import copy
@@ -26,48 +29,50 @@ from ..core.slot import room_of
 from ..pools.layers import READ
 from ..pools.rows import RowRoom
 
-#: a table of a module, and a name in it: where a tensor is found each time
+#: the location of a tensor: a table of a module, and a name in it
 Place = tuple[dict[str, Any], str]
-#: settings that no forward computes with; a dtype is compared tensor by tensor
+#: settings that no forward reads; dtypes are compared tensor by tensor
 LABELS = {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "problem_type"}
 LABELS |= {"finetuning_task", "task_specific_params", "name_or_path", "transformers_version", "training"}
 LABELS |= {"gradient_checkpointing", "generation_config", "tokenizer_class"}
-#: a layer's own, if an adapter has been off there
+#: set on a layer where an adapter has been off
 LABELS |= {"merge", "delete_adapter"}
-#: token ids that generating reads, and the forward of other models than causal ones
+#: token ids that generating reads, and in models that aren't causal also the forward
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id", "padding_idx"}
-#: hooks that transformers adds when it computes, which do nothing unless it asks for their output
+#: the module of hooks that transformers adds in a forward; they do nothing unless it asks for their output
 QUIET_HOOKS = "transformers.utils.output_capturing"
 #: whether adapters are disabled, which ones are merged, and which are active
 TUNER_STATE = operator.itemgetter(*ADAPTER_STATE)
+IS_TRAINING = operator.attrgetter("training")
+#: how code reads a tensor's memory: ``weight.data = weight.data.t()`` changes the last three only
+READS = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride, operator.attrgetter("dtype"))
 CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
 
 
 def top_of(host: Host) -> torch.nn.Module:
-    """The module to compile: the base model, or the module that the user has put around the adapter's model."""
+    """The module to compile: the base model, or a module of the user's around the adapter's model."""
     return host.base if (root := unwrap_compiled(host.root)) is host.carrier else root
 
 
 def prepared(model: Any) -> tuple[Host, str, torch.nn.Module]:
     """The model that carries the prepared adapter, the adapter's name, and the module to compile."""
     hosts = hosts_in(model)
-    found = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
-    if len(found) != 1:
-        raise refused("ahead_not_prepared", found=listing(repr(name) for _, name in found) or "none")
-    ((host, name),) = found
-    if reason := unfit(host.base, tuner_layers(host.base), name):
+    adapters = [(host, name) for host in hosts for name in host.configs if room_of(host.base, name) is not None]
+    if len(adapters) != 1:
+        raise refused("ahead_not_prepared", found=listing(repr(name) for _, name in adapters) or "none")
+    ((host, name),) = adapters
+    top = top_of(host)
+    if reason := unfit(top, tuner_layers(host.base), name):
         raise refused("ahead_state", found=reason, name=name)
-    return host, name, top_of(host)
+    return host, name, top
 
 
 def tuner_layers(base: torch.nn.Module) -> list[Any]:
-    return [each for each in base.modules() if isinstance(each, BaseTunerLayer)]
+    return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None:
-    """Describe a state of the model that the compiled code would compute wrongly, or None."""
-    if base.training:
-        return "training mode"
+def unfit(top: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None:
+    """Describe a state of the model that the compiled code would ignore, or None."""
     for layer in layers:
         if layer.disable_adapters:
             return "adapters that are disabled"
@@ -75,11 +80,14 @@ def unfit(base: torch.nn.Module, layers: Sequence[Any], name: str) -> str | None
             return f"an adapter that is merged, {layer.merged_adapters[0]!r}"
         if layer.active_adapters != [name]:
             return f"the active adapters {layer.active_adapters}"
+    for path, module in top.named_modules():
+        if module.training:
+            return f"training mode in {path or type(top).__name__}"
     return None
 
 
 def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, the defaults of those that are not passed included."""
+    """All arguments of a call by name, including defaults."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = bound.arguments
@@ -100,40 +108,39 @@ def form_of(tensor: torch.Tensor) -> list[Any]:
 
 
 def places_in(module: torch.nn.Module, room: Any) -> dict[str, Place]:
-    """All tensors that code may be bound to, by their names in an export; tied ones by each of their names."""
-    found: dict[str, Place] = {}
-    for path, each in module.named_modules(remove_duplicate=False):
-        before = f"{path}." if path else ""
-        for table in (each._parameters, each._buffers):
-            found |= {before + name: (table, name) for name, tensor in table.items() if tensor is not None}
-        own = each.__dict__.get("lora_variant", {}).get(room.slot.adapter_name) if isinstance(room, RowRoom) else None
-        if own is not None:
-            found |= {before + buffer: (own.__dict__, name) for name, buffer in READ.items()}
-    return found
+    """The locations of all tensors that code may be bound to, by their names in an export. Tied ones have several."""
+    places: dict[str, Place] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table in (child._parameters, child._buffers):
+            places |= {prefix + name: (table, name) for name, tensor in table.items() if tensor is not None}
+        if isinstance(room, RowRoom) and (variant := vars(child).get("lora_variant", {}).get(room.slot.adapter_name)):
+            places |= {prefix + buffer: (vars(variant), name) for name, buffer in READ.items()}
+    return places
 
 
 def copied(values: Any) -> Any:
     """Contiguous copies of all tensors in nested lists, tuples and dicts."""
     leaves, form = compat.tree_flatten(values)
-    copies = [each.clone(memory_format=torch.contiguous_format) if torch.is_tensor(each) else each for each in leaves]
+    copies = [leaf.clone(memory_format=torch.contiguous_format) if torch.is_tensor(leaf) else leaf for leaf in leaves]
     return compat.tree_unflatten(copies, form)
 
 
 @contextlib.contextmanager
 def kept(module: torch.nn.Module) -> Iterator[None]:
-    """Put back the attributes, buffers and hooks of all modules after a block that computes or exports.
+    """Restore attributes, buffers and hooks of all modules, and random numbers, after a block that runs or exports.
 
-    And random numbers. transformers adds hooks when it is first asked for hidden states, and notes that in an
-    attribute. If only that were put back, it would add them once more, and return each state twice.
+    When transformers is first asked for hidden states, it adds hooks and sets an attribute. If only the attribute were
+    restored, it would add them again, and return each state twice.
     """
-    tables: list[dict[str, Any]] = [each.__dict__ for each in module.modules()]
+    tables: list[dict[str, Any]] = [child.__dict__ for child in module.modules()]
     tables += [value for table in tables for value in table.values() if type(value) in (dict, OrderedDict)]
-    before = [(table, dict(table)) for table in tables]
+    previous = [(table, dict(table)) for table in tables]
     try:
         with state_kept(module):
             yield
     finally:
-        for table, entries in before:
+        for table, entries in previous:
             table.clear()
             table.update(entries)
 
@@ -142,14 +149,14 @@ def kept(module: torch.nn.Module) -> Iterator[None]:
 
 
 def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, str]]:
-    """By module path: the types and plain settings that a forward may compute with, as text.
+    """The types and plain settings that a forward may read, as text, by module path.
 
-    Of the adapters' own modules there is none: a swap changes their settings, and which tensors they have is compared.
+    The adapters' own modules are left out, because a swap changes their settings. Their tensors are compared instead.
     """
-    found: dict[str, dict[str, str]] = {}
+    facts: dict[str, dict[str, str]] = {}
     config = getattr(top, "config", None)
     seen = {id(config)}
-    is_causal = any(type(each).__name__.endswith(("ForCausalLM", "LMHeadModel")) for each in top.modules())
+    is_causal = any(type(child).__name__.endswith(("ForCausalLM", "LMHeadModel")) for child in top.modules())
     labels = LABELS | ENDS if is_causal else LABELS
 
     def walk(path: str, module: torch.nn.Module) -> None:
@@ -165,7 +172,7 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if hooks := [str(_plain(hook)) for hook in hooks if _is_loud(hook)]:
             settings["hooks"] = listing(hooks)
-        found[path] = settings
+        facts[path] = settings
         below = {"base_layer": module.base_layer} if isinstance(module, BaseTunerLayer) else module._modules
         for name, child in below.items():
             if isinstance(child, torch.nn.Module):
@@ -173,31 +180,31 @@ def facts_of(top: torch.nn.Module, paths: Sequence[str]) -> dict[str, dict[str, 
 
     for path in paths:
         walk(path, top.get_submodule(path))
-    return found | {"config": _config(config, labels)}
+    return facts | {"config": _config(config, labels)}
 
 
-def _config(value: Any, labels: set[str], before: str = "config") -> dict[str, str]:
-    """The settings of a config, those of the configs in it too: ``{"config.rope_theta": "10000.0"}``."""
+def _config(value: Any, labels: set[str], prefix: str = "config") -> dict[str, str]:
+    """The settings of a config and of configs in it: ``{"config.rope_theta": "10000.0"}``."""
     if callable(getattr(value, "to_dict", None)):
         value = value.to_dict()
     elif dataclasses.is_dataclass(value):
         value = vars(value)
-    found: dict[str, str] = {}
-    for name, each in value.items() if isinstance(value, Mapping) else ():
+    settings: dict[str, str] = {}
+    for name, entry in value.items() if isinstance(value, Mapping) else ():
         name = str(name)
         if name.startswith("_") or name in labels:
             continue
-        if isinstance(each, Mapping):
-            found |= _config(each, labels, f"{before}.{name}")
-        elif (text := _plain(each)) is not None:
-            found[f"{before}.{name}"] = text
-    return found
+        if isinstance(entry, Mapping):
+            settings |= _config(entry, labels, f"{prefix}.{name}")
+        elif (text := _plain(entry)) is not None:
+            settings[f"{prefix}.{name}"] = text
+    return settings
 
 
 def _plain(value: object) -> str | None:
-    """A number, a name, a function, or a list of such as text; None for anything else."""
+    """The text of a number, string, function or type, or of a list of these; None for anything else."""
     if isinstance(value, (list, tuple)):
-        parts = [_plain(each) for each in value]
+        parts = [_plain(item) for item in value]
         return None if None in parts else f"[{', '.join(map(str, parts))}]"
     if isinstance(value, functools.partial):
         return _plain(value.func)
@@ -208,74 +215,77 @@ def _plain(value: object) -> str | None:
 
 
 def _is_loud(hook: Any) -> bool:
+    """Whether a hook may have an effect, unlike transformers' own."""
     return getattr(hook, "__module__", None) != QUIET_HOOKS
 
 
 def _is_own(module: torch.nn.Module, forward: Any) -> bool:
-    """Whether a module's ``forward`` is another one than its class's, which older transformers put into its table."""
+    """Whether a module's ``forward`` differs from its class's, which older transformers store in the module, too."""
     return forward is not None and forward != MethodType(type(module).forward, module)
 
 
 class Watched:
-    """The state of a live model when code was bound to it. What differs later, the code can't notice.
+    """The state of a live model when code was bound to it, to be compared before each call.
 
-    All of it is compared before each call.
+    The code itself can't notice a change.
     """
 
     def __init__(self, top: torch.nn.Module, base: torch.nn.Module, name: str, blocks: Mapping[str, Any]):
-        self.base: torch.nn.Module = base
+        self.top: torch.nn.Module = top
         self.name: str = name
         self.layers: list[Any] = tuner_layers(base)
-        places: list[Place] = [each for block in blocks.values() for each in block.places]
+        places: list[Place] = [place for block in blocks.values() for place in block.places]
         self._modules: list[torch.nn.Module] = [*top.modules()]
-        #: of tensors and of modules. A dict compares its entries by identity first, so only two equal tensors of one
-        #: element would pass for one
+        #: the tables of tensors and of modules. Dicts compare entries by identity first, so a replaced tensor goes
+        #: unnoticed only if it has one element and an equal value
         self._tables: list[dict[str, Any]] = list({id(table): table for table, _ in places}.values())
-        self._tables += [each._modules for each in self._modules if each._modules]
-        self._entries: list[dict[str, Any]] = [dict(each) for each in self._tables]
+        self._tables += [module._modules for module in self._modules if module._modules]
+        self._entries: list[dict[str, Any]] = [dict(table) for table in self._tables]
         self._single: list[Any] = [(table, key, table[key]) for table, key in places if table[key].numel() == 1]
         self._tensors: list[torch.Tensor] = [table[key] for table, key in places]
-        self._addresses: list[int] = self._addresses_now()
-        self._layers = [each.__dict__ for each in self.layers]
-        self._states = [tuple(map(copy.copy, TUNER_STATE(each))) for each in self._layers]
-        self._attributes = [each.__dict__ for each in self._modules if not isinstance(each, CONTAINERS)]
-        # around repeated blocks, hooks do what they always do
-        compiled = [each for path in blocks for each in top.get_submodule(path).modules()]
-        self._hooks = [table for each in compiled for table in (each._forward_hooks, each._forward_pre_hooks)]
+        self._memory: list[list[Any]] = self._memory_now()
+        self._layers = [layer.__dict__ for layer in self.layers]
+        self._states = [tuple(map(copy.copy, TUNER_STATE(layer))) for layer in self._layers]
+        self._attributes = [module.__dict__ for module in self._modules if not isinstance(module, CONTAINERS)]
+        # hooks outside of the repeated blocks still run
+        compiled = [module for path in blocks for module in top.get_submodule(path).modules()]
+        self._hooks = [table for module in compiled for table in (module._forward_hooks, module._forward_pre_hooks)]
         self._code: list[list[Any]] = self._code_now()
         self._look()
 
-    def _addresses_now(self) -> list[int]:
-        # a comprehension makes a check 8 % slower: 0.29 ms in place of 0.265, for 905 tensors and 2,497 modules
-        return list(map(torch.Tensor.data_ptr, self._tensors))
+    def _memory_now(self) -> list[list[Any]]:
+        # `map` because a comprehension is slower, and models have thousands of tensors
+        return [list(map(read, self._tensors)) for read in READS]
 
     def _is_replaced(self) -> bool:
-        with contextlib.suppress(RuntimeError):  # two tensors were compared
-            if self._tables == self._entries:
-                return any(table.get(key) is not tensor for table, key, tensor in self._single)
-        return True
+        try:
+            if self._tables != self._entries:
+                return True
+        except RuntimeError:  # two different tensors were compared
+            return True
+        return any(table.get(key) is not tensor for table, key, tensor in self._single)
 
     def _code_now(self) -> list[list[Any]]:
-        """What computes beside the forwards of classes."""
-        forwards = [each.__dict__.get("forward") for each in self._modules]
-        hooks = [list(filter(_is_loud, each.values())) if each else [] for each in self._hooks]
-        return [[own for each, own in zip(self._modules, forwards, strict=True) if _is_own(each, own)], *hooks]
+        """The forwards that differ from their classes', and the hooks."""
+        forwards = [module.__dict__.get("forward") for module in self._modules]
+        hooks = [list(filter(_is_loud, table.values())) if table else [] for table in self._hooks]
+        return [[own for module, own in zip(self._modules, forwards, strict=True) if _is_own(module, own)], *hooks]
 
     def _look(self) -> None:
-        self._hooked = [each for each in self._hooks if each]
+        self._hooked = [table for table in self._hooks if table]
         self._signs: list[Any] = self._signs_now()
 
     def _signs_now(self) -> list[Any]:
-        """What differs if :meth:`_code_now` does: each hook that is added, anywhere, has the next number."""
-        forwards = [each["forward"] for each in self._attributes if "forward" in each]
-        return [RemovableHandle.next_id, *forwards, *[len(each) for each in self._hooked]]
+        """Values that change whenever :meth:`_code_now` does: every new hook, in any model, gets the next id."""
+        forwards = [attributes["forward"] for attributes in self._attributes if "forward" in attributes]
+        return [RemovableHandle.next_id, *forwards, *[len(table) for table in self._hooked]]
 
     def check(self) -> None:
-        """Refuse a model that has changed since then."""
-        differs = self.base.training or list(map(TUNER_STATE, self._layers)) != self._states
-        if differs and (reason := unfit(self.base, self.layers, self.name)):
+        """Refuse a model that has changed."""
+        differs = any(map(IS_TRAINING, self._modules)) or list(map(TUNER_STATE, self._layers)) != self._states
+        if differs and (reason := unfit(self.top, self.layers, self.name)):
             raise refused("ahead_state", found=reason, name=self.name)
-        if self._addresses_now() != self._addresses or self._is_replaced():
+        if self._memory_now() != self._memory or self._is_replaced():
             raise refused("ahead_moved", found="tensors or modules that were moved, replaced or resized since")
         if self._signs_now() != self._signs:
             if self._code_now() != self._code:

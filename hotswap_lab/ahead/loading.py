@@ -1,4 +1,7 @@
-"""Binds compiled code to the memory of a live model, and calls it as the model is called."""
+"""Binds compiled code to the memory of a live model, and calls it like the model.
+
+Tests: ``tests/ahead/test_ahead.py`` and ``tests/ahead/test_ahead_checks.py``.
+"""
 
 from __future__ import annotations
 
@@ -32,32 +35,31 @@ Notes = Mapping[str, Any]
 
 
 def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -> AheadModel:
-    """Binds a file of :func:`aoti_compile` to the memory of a model. Needs no compiler, and copies no weights.
+    """Bind a file of :func:`aoti_compile` to the memory of a model, without a compiler or a copy of the weights.
 
     Parameters
     ----------
     path:
         The file.
     model:
-        A model of the same form and settings, with an adapter loaded, or a pool. It may have other weights. If it is
-        not prepared yet, it is prepared for the ranks that the file was compiled with: no family of adapters has to be
-        at hand.
+        A model with the same shapes and settings, with an adapter loaded, or a pool. Its weights may differ. If it
+        isn't prepared yet, it is prepared for the ranks that the file was compiled with, without needing the adapters.
     prove:
-        Calls the model and the code once, with the inputs of :func:`aoti_compile`, and compares what they compute. That
-        takes the time of two calls, and memory for a copy of the model's buffers. Nothing is proven of a model that
-        draws random numbers, or where the inputs could not be written to the file, such as a cache. Without the proof,
-        types and settings of modules are compared all the same.
+        Call the model and the code once, with the inputs of :func:`aoti_compile`, and compare their outputs. That takes
+        the time of two calls, and memory for a copy of the model's buffers. A model that draws random numbers can't be
+        compared, nor can one whose inputs could not be written to the file, such as a cache. The types and settings of
+        modules are always compared.
 
     Returns
     -------
     AheadModel
-        To be called as the base model is called.
+        Call it like the base model.
 
     Raises
     ------
     HotswapError
-        If the file is damaged, or was compiled by another version of PyTorch, for another processor, for a model with
-        other settings, or computes otherwise than the model.
+        If the file is corrupt, if it was compiled by a different version of PyTorch, for a different processor or for a
+        model with different settings, or if the code's outputs differ from the model's.
 
     Examples
     --------
@@ -65,9 +67,9 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
     """
     notes, values = read(path)
     hosts, name = hosts_in(model), notes["name"]
-    host = next((each for each in hosts if name in each.configs), None)
+    host = next((host for host in hosts if name in host.configs), None)
     if host is None or type(top_of(host)).__name__ != notes["base"]:
-        found = listing(f"{type(top_of(each)).__name__} with {', '.join(each.configs)}" for each in hosts)
+        found = listing(f"{type(top_of(host)).__name__} with {', '.join(host.configs)}" for host in hosts)
         raise refused("ahead_other_model", found=found or "no adapter", expected=f"{notes['base']} with {name!r}")
     journal = Journal()
     with locked(host.base):
@@ -83,18 +85,18 @@ def aoti_load(path: str | os.PathLike[str], model: Any, *, prove: bool = True) -
 
 
 class AheadModel:
-    """A model that was compiled ahead of time, and computes with the weights and the adapter of a live model.
+    """A model that was compiled ahead of time, and runs with the weights and the adapter of a live model.
 
     It is called like the base model and returns the same, without gradients. Each call first checks that the model is
-    still the one that was bound, and that the inputs have the form that was compiled. AOTInductor checks neither: it
-    would read freed memory, or take numbers for others.
+    still the one that was bound, and that the inputs have the compiled form. AOTInductor checks neither: it would read
+    freed memory, or misread the numbers.
 
     Parameters
     ----------
     path, host, notes, values:
         The file, its contents, and the model.
     given:
-        Inputs for which the code must compute what the model does; None: without this proof.
+        Inputs for comparing the code's outputs with the model's; None: no comparison.
     """
 
     def __init__(self, path: str, host: Host, notes: Notes, values: Tensors, given: Mapping[str, Any] | None = None):
@@ -104,13 +106,13 @@ class AheadModel:
         name: str = notes["name"]
         room = room_of(host.base, name)
         self._signature: inspect.Signature = inspect.signature(self._top.forward)
-        #: how the rows of a batch are checked, where each may have an adapter of its own
+        #: checks the rows of a batch, where each row may have its own adapter
         self._batch: Any = room.batch if isinstance(room, RowRoom) else None
         if notes["rows"] and (self._batch is None or self._batch.rows != notes["rows"][0]):
             found = f"{self._batch.rows} rows" if self._batch else "no pool with rows"
             raise refused("ahead_other_model", found=found, expected=f"AdapterPool(..., rows={notes['rows'][0]})")
         copies: Any = notes["rows"][1] if notes["rows"] else ONCE
-        if isinstance(copies, int):  # a file of an older release, in which each kind of model had one order
+        if isinstance(copies, int):  # from an older release, where each kind of model had one order
             copies = (copies, 1) if self._batch.is_tiled else (1, copies)
         self._copies: Copies = Copies(*copies)
         _check_facts(facts_of(self._top, [at for graph in notes["graphs"] for at in graph["paths"]]), notes["facts"])
@@ -124,36 +126,37 @@ class AheadModel:
         self._run: Callable[..., Any] = bound[""] if "" in bound else _around(self._top, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the base model's output. The inputs have the form that was compiled; dynamic sizes may differ."""
+        """Return the base model's output. The inputs must have the compiled form; dynamic sizes may differ."""
         self.check()
         rows: Any = contextlib.nullcontext()
         if self._batch is not None and self._top is self.base:
             rows = self._batch.around_call((), named(self._signature, args, kwargs))
-        elif self._batch is not None:  # the layers are called from around the model, which a hook there does not see
+        elif self._batch is not None:  # a hook on the base model doesn't see the calls of its layers
             self._batch.check_in_graph({}, PART, size_of((), named(self._signature, args, kwargs)), self._copies)
         with torch.no_grad(), rows:
             return self._run(*args, **kwargs)
 
     def check(self) -> None:
-        """Refuses a model that has changed since it was bound, in a way that the compiled code can't notice.
+        """Refuse a model that has changed after it was bound, in a way that the compiled code can't notice.
 
-        It looks for moved or replaced tensors and modules, hooks, another ``forward``, another state of the adapters.
-        Settings of modules, such as an ``eps``, are compared when a file is loaded, not here.
+        Detects tensors and modules that were moved, replaced or reshaped, modules in training mode, hooks, a new
+        ``forward``, and a new state of the adapters. Settings of modules, such as an ``eps``, are compared when a file
+        is loaded, not here.
         """
         self._watched.check()
         if self._batch is not None and self._batch.copies != self._copies:
-            found, expected = (f"a batch that has each row once{each}" for each in (self._batch.copies, self._copies))
-            raise refused("ahead_inputs", found=found, expected=expected)
+            wording = "a batch that has each row once"
+            raise refused("ahead_inputs", found=f"{wording}{self._batch.copies}", expected=f"{wording}{self._copies}")
 
 
 def _check_facts(found: Mapping[str, Mapping[str, str]], expected: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse a model with other settings than the one that was compiled: code has them in it as constants."""
+    """Refuse a model whose settings differ from the compiled one's, because they are constants in its code."""
     for path in dict.fromkeys(["config", *expected, *found]):
-        own, other = found.get(path, {}), expected.get(path, {})
-        for key in dict.fromkeys([*other, *own]):
-            if own.get(key) != other.get(key):
+        live, compiled = found.get(path, {}), expected.get(path, {})
+        for key in dict.fromkeys([*compiled, *live]):
+            if live.get(key) != compiled.get(key):
                 key_path = key if key.startswith("config.") else f"{path}.{key}".lstrip(".")
-                raise refused("ahead_other_settings", key=key_path, found=own.get(key), expected=other.get(key))
+                raise refused("ahead_other_settings", key=key_path, found=live.get(key), expected=compiled.get(key))
 
 
 def _are_same(own: torch.Tensor, copy: torch.Tensor) -> bool:
@@ -176,17 +179,15 @@ class Bound:
         self.writes: bool = notes.get("writes", True)
         self.sizes: Sizes = Sizes(notes["symbols"], notes["conditions"])
         self.places: list[Place] = [places[key] for key in forms]
-        #: kept, because the code has nothing but their addresses
+        #: kept alive, because the code has only their addresses
         self.tensors: Tensors = {key: tensors[key].detach() for key in forms}
-        self.tensors |= {key.partition(":")[2]: each for key, each in values.items() if key.startswith(f"{number}:")}
-        # torch's own load_package runs a compiler first, to find out what the processor can do
+        self.tensors |= {key.partition(":")[2]: value for key, value in values.items() if key.startswith(f"{number}:")}
+        # torch's own load_package runs a compiler first, to detect the processor's features
         self.code: Any = compat.AOTICompiledModel(compat.AOTIModelPackageLoader(path, str(number), False, 1, -1))
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
-        forms: list[Any] = [compat.treespec_loads(each) for each in self.code.loader.get_call_spec()]
-        self.input_form: Any = forms[0]
-        self.output_form: Any = forms[1]
+        self.input_form, self.output_form = map(compat.treespec_loads, self.code.loader.get_call_spec())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)
@@ -197,8 +198,8 @@ class Bound:
         if form != self.input_form:
             raise refused("ahead_inputs", found=form, expected=self.input_form)
         self._check(leaves, given)
-        tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
-        passed = [each.contiguous() for each in tensors]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        passed = [tensor.contiguous() for tensor in tensors]
         outputs = self.code.loader.boxed_run([*passed])
         changed = [pair for pair in zip(tensors, passed, strict=True) if self.writes and not _are_same(*pair)]
         for own, copy in changed:
@@ -206,20 +207,21 @@ class Bound:
         return compat.tree_unflatten(outputs, self.output_form)
 
     def _check(self, leaves: Sequence[Any], given: Mapping[str, Any]) -> None:
-        """Refuses inputs of another form than those that were compiled."""
+        """Refuse inputs whose form differs from the compiled one."""
         sizes: dict[str, int] = {}
 
         def allowed(size: int, own: int | str) -> bool:
             return size == (own if isinstance(own, int) else sizes.setdefault(own, size))
 
         for number, (value, expected) in enumerate(zip(leaves, self.inputs, strict=True)):
-            fits = (found := input_form(value)) == expected
-            if not fits and isinstance(found, list):
-                fits = found[1:] == expected[1:] and len(found[0]) == len(expected[0])
-                fits = fits and all(map(allowed, found[0], expected[0]))
+            form = input_form(value)
+            fits = form == expected
+            if not fits and isinstance(form, list):
+                fits = form[1:] == expected[1:] and len(form[0]) == len(expected[0])
+                fits = fits and all(map(allowed, form[0], expected[0]))
             if not fits:
                 name = [name for name in given for _ in compat.tree_flatten(given[name])[0]][number]
-                raise refused("ahead_inputs", found=f"{name}: {found}", expected=f"{name}: {expected}")
+                raise refused("ahead_inputs", found=f"{name}: {form}", expected=f"{name}: {expected}")
         values = [sizes[symbol] for symbol in self.sizes.symbols]
         if not self.sizes.fit(*values):
             found = listing(f"{name} = {size}" for name, size in zip(self.sizes.symbols.values(), values, strict=True))
@@ -227,16 +229,16 @@ class Bound:
 
 
 def input_form(value: object) -> Any:
-    """The form of an input: sizes, dtype and device of a tensor; the value itself of anything else."""
+    """The form of an input: sizes, dtype and device of a tensor; the text of any other value."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    sizes = [str(each) for each in value.shape]  # an export's size may be a symbol, and that a number
+    sizes = [str(size) for size in value.shape]  # a size in an export may be a symbol, which may be a number
     grad = ["requires gradients"] if value.requires_grad else []
-    return [[int(each) if each.isdecimal() else each for each in sizes], str(value.dtype), value.device.type, *grad]
+    return [[int(size) if size.isdecimal() else size for size in sizes], str(value.dtype), value.device.type, *grad]
 
 
 class _Block(torch.nn.Module):
-    """Takes the place of a repeated layer, and has all of its attributes."""
+    """Replaces a repeated layer, and has all of its attributes."""
 
     def __init__(self, block: torch.nn.Module, bound: Bound):
         super().__init__()
@@ -250,21 +252,22 @@ class _Block(torch.nn.Module):
 
 
 def _around(base: torch.nn.Module, bound: Mapping[str, Bound]) -> torch.nn.Module:
-    """The base model once more, with compiled layers: its own modules but for those on the way to them."""
+    """Copy the base model with compiled layers. All modules are shared, except those above a compiled layer."""
     copies = {"": _copy_of(base)}
-    for path, each in bound.items():
-        *way, last = path.split(".")
-        for depth, step in enumerate(way, 1):
-            above, at = ".".join(way[: depth - 1]), ".".join(way[:depth])
-            if at not in copies:
-                copies[at] = copies[above]._modules[step] = _copy_of(copies[above]._modules[step])
-        parent = copies[".".join(way)]
-        parent._modules[last] = _Block(parent._modules[last], each)
+    for path, graph in bound.items():
+        parent, (*steps, last) = "", path.split(".")
+        for step in steps:
+            child = f"{parent}.{step}".lstrip(".")
+            if child not in copies:
+                copies[child] = copies[parent]._modules[step] = _copy_of(copies[parent]._modules[step])
+            parent = child
+        modules = copies[parent]._modules
+        modules[last] = _Block(modules[last], graph)
     return copies[""]
 
 
 def _copy_of(module: Any) -> Any:
-    """A module that shares all but its table of modules."""
+    """Copy a module. The copy shares everything except its table of submodules."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
     return twin

@@ -1,8 +1,10 @@
-"""A proof by experiment that compiled code computes what a live model does, on the inputs that it was compiled with.
+"""Compares compiled code with the live model, on the inputs that it was compiled with.
 
-The live model is called once, and each of its compiled modules notes what it is called with and returns. Then the
-code of each gets the same. So it takes the time of two forwards. What a comparison of settings can't see, it sees: a
-forward that was written anew, an adapter of another kind, layers that are alike in all but what they do.
+The live model is called once, and the inputs and outputs of each compiled module are recorded. Then the module's code
+is called with these inputs. That takes the time of two forward passes. It detects differences that a comparison of
+settings can't: a forward that was rewritten, a different kind of adapter, layers that differ only in their code.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
 """
 
 import functools
@@ -19,14 +21,13 @@ Call = tuple[str, Any, Any]
 
 
 def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], given: Mapping[str, Any]) -> None:
-    """Refuse code that computes otherwise than the modules at its paths. The model is as before, its buffers too.
+    """Refuse code whose outputs differ from those of the modules at its paths. Restores the model and its buffers.
 
-    Outputs, and buffers that are written, are compared by their largest and their mean difference, relative to the
-    output: half of the digits of its dtype must agree, of float32 at most. A model that draws random numbers can't be
-    compared.
+    Outputs and written buffers are compared by their largest and their mean difference, relative to the output. Half of
+    the digits of its dtype must agree, or of float32's in float64. A model that draws random numbers can't be compared.
     """
-    inference = torch.is_inference_mode_enabled() or any(each.is_inference() for each in top.buffers())
-    with torch.inference_mode(inference), torch.no_grad():  # the previous turns gradients on where it is off
+    inference = torch.is_inference_mode_enabled() or any(buffer.is_inference() for buffer in top.buffers())
+    with torch.inference_mode(inference), torch.no_grad():  # inference_mode(False) turns gradients on
         calls = _calls(top, compiled, given)
         for path, (arguments, named), expected in calls:
             module = top.get_submodule(path)
@@ -37,30 +38,30 @@ def prove(top: torch.nn.Module, compiled: Mapping[str, Callable[..., Any]], give
 
 
 def _calls(top: torch.nn.Module, paths: Iterable[str], given: Mapping[str, Any], seed: int | None = None) -> list[Call]:
-    """Each call of one of the modules in a forward of the live model: its path, its inputs, and what came of it."""
+    """Record the calls of these modules in a forward of the live model: path, inputs, and outputs with buffers."""
     calls: list[Call] = []
-    begun: list[Any] = []
+    inputs: list[Any] = []
 
-    def end(path: str, module: torch.nn.Module, _: object, output: Any) -> None:
-        calls.append((path, begun.pop(), copied((output, [*module.buffers()]))))
+    def record(path: str, module: torch.nn.Module, _: object, output: Any) -> None:
+        calls.append((path, inputs.pop(), copied((output, [*module.buffers()]))))
 
-    with kept(top), torch.compiler.set_stance("force_eager"):  # the first removes the hooks
+    with kept(top), torch.compiler.set_stance("force_eager"):  # `kept` removes the hooks afterwards
         if seed is not None:
             torch.manual_seed(seed)
         for path in paths:
             module = top.get_submodule(path)
-            module.register_forward_pre_hook(lambda _, *given: begun.append(copied(given)), with_kwargs=True)
-            module.register_forward_hook(functools.partial(end, path))
+            module.register_forward_pre_hook(lambda _, *given: inputs.append(copied(given)), with_kwargs=True)
+            module.register_forward_hook(functools.partial(record, path))
         top(**given)
     return calls
 
 
 def _difference(actual: Any, expected: Any) -> str | None:
     """Describe the first difference that is not rounding, or None."""
-    pairs = [compat.tree_flatten(each)[0] for each in (actual, expected)]
-    if len(pairs[0]) != len(pairs[1]):
-        return "another number of outputs"
-    for one, other in zip(*pairs, strict=True):
+    actual, expected = (compat.tree_flatten(outputs)[0] for outputs in (actual, expected))
+    if len(actual) != len(expected):
+        return "a different number of outputs"
+    for one, other in zip(actual, expected, strict=True):
         if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
             if type(one) is not type(other):
                 return f"a {type(one).__name__} where the model has a {type(other).__name__}"
@@ -70,9 +71,9 @@ def _difference(actual: Any, expected: Any) -> str | None:
         if torch.equal(one, other):
             continue
         exact = not (other.is_floating_point() or other.is_complex())
-        # models in float64 compute parts of it in float32
-        tolerance = 0.0 if exact else max(torch.finfo(each).eps for each in (other.dtype, torch.float32)) ** 0.5
-        # where both are infinite or no number, they agree
+        # float64 models may compute parts in float32
+        tolerance = 0.0 if exact else max(torch.finfo(dtype).eps for dtype in (other.dtype, torch.float32)) ** 0.5
+        # equal infinities and NaNs count as equal
         size = other.abs().double()
         off = (one.to(torch.promote_types(one.dtype, torch.float32)) - other).abs().double()
         off[(one == other) | (one.isnan() & other.isnan())] = 0

@@ -1,7 +1,9 @@
-"""The conditions on sizes under which exported code is right. AOTInductor keeps none of them.
+"""The conditions on sizes that exported code relies on. AOTInductor drops them.
 
 An export follows one path through a model's Python code: ``if length % 4`` is decided once, and is a condition from
-then on. The conditions are expressions of SymPy, which are stored as text: ``Eq(Mod(s27, 4), 0)``.
+then on. The conditions are SymPy expressions, stored as text: ``Eq(Mod(s27, 4), 0)``.
+
+Tests: ``tests/ahead/test_ahead_checks.py``.
 """
 
 import contextlib
@@ -29,19 +31,20 @@ NAMES: dict[str, Any] = {
 
 
 def conditions_of(program: torch.export.ExportedProgram) -> list[str]:
-    """All conditions on the symbols of a program's sizes, those of its compiled code included once it is compiled."""
+    """All conditions on the symbols of a program's sizes. Compiling the program adds some."""
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     symbolic = [size.node for size in sizes if isinstance(size, torch.SymInt)]
     if not symbolic:
         return []
-    env, symbols, found = symbolic[0].shape_env, {str(node.expr) for node in symbolic}, []
+    env, symbols, conditions = symbolic[0].shape_env, {str(node.expr) for node in symbolic}, []
     for symbol, allowed in program.range_constraints.items():
-        if str(symbol) in symbols:  # those of sizes that depend on values are checked by the code
-            found += [f"{symbol} >= {allowed.lower}"]
-            found += [f"{symbol} <= {allowed.upper}"] if allowed.upper.is_Integer else []
-    found += [str(guard.expr.xreplace(env.replacements)) for guard in env.guards]
-    return [each for each in dict.fromkeys(found) if each != "True"]
+        if str(symbol) in symbols:  # the code checks sizes that depend on values
+            conditions.append(f"{symbol} >= {allowed.lower}")
+            if allowed.upper.is_Integer:
+                conditions.append(f"{symbol} <= {allowed.upper}")
+    conditions += [str(guard.expr.xreplace(env.replacements)) for guard in env.guards]
+    return [condition for condition in dict.fromkeys(conditions) if condition != "True"]
 
 
 class Sizes:
@@ -50,7 +53,7 @@ class Sizes:
     Parameters
     ----------
     symbols:
-        Each symbol, and what it is the size of: ``{"s27": "input_ids.shape[1]"}``.
+        Each symbol with its size: ``{"s27": "input_ids.shape[1]"}``.
     conditions:
         Expressions of these symbols.
 
@@ -64,8 +67,8 @@ class Sizes:
     def __init__(self, symbols: Mapping[str, str], conditions: Sequence[str]):
         self.symbols: Mapping[str, str] = symbols
         self.conditions: Sequence[str] = conditions
-        self._decide = self._compiled(" and ".join(f"({each})" for each in conditions) or "True")
-        #: whether these sizes fulfill all conditions; texts have many lengths, but each of them many times
+        self._decide = self._compiled(" and ".join(f"({condition})" for condition in conditions) or "True")
+        #: whether sizes fulfill all conditions; cached, because the same lengths recur
         self.fit: Callable[..., bool] = functools.lru_cache(4096)(self._fit)
 
     def _compiled(self, condition: str) -> Any:
@@ -74,23 +77,24 @@ class Sizes:
     def _fit(self, *sizes: int) -> bool:
         try:
             return bool(self._decide(*sizes))
-        except (ArithmeticError, ValueError):  # a condition divides by a size that it has excluded
+        except (ArithmeticError, ValueError):  # a division by a size that another condition excludes
             return False
 
     def broken(self, *sizes: int) -> str:
-        """The first condition that these sizes break, in words of the inputs."""
-        return self._in_words(next(each for each in self.conditions if not Sizes(self.symbols, [each])._fit(*sizes)))
+        """The first condition that these sizes break, with the names of the inputs."""
+        broken = (condition for condition in self.conditions if not Sizes(self.symbols, [condition])._fit(*sizes))
+        return self._in_words(next(broken))
 
     def _in_words(self, condition: str) -> str:
         return re.sub(r"\w+", lambda match: self.symbols.get(match[0], match[0]), condition)
 
     def check(self, *sizes: int) -> None:
         """Refuse conditions that can't be evaluated, or that the sizes of the export break."""
-        for each in self.conditions:
+        for condition in self.conditions:
             with contextlib.suppress(Exception):
-                if "~" not in each and self._compiled(each)(*sizes) is not False:
+                if "~" not in condition and self._compiled(condition)(*sizes) is not False:
                     continue
-            raise refused("ahead_arguments", found=f"a condition on sizes that can't be checked later, {each}")
+            raise refused("ahead_arguments", found=f"a condition on sizes that can't be checked later, {condition}")
 
     def __str__(self) -> str:
         return listing(map(self._in_words, self.conditions)) or "none is dynamic"

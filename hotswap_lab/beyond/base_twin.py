@@ -2,6 +2,8 @@
 
 PEFT loads an adapter by changing the model that it is given. Given a twin, it builds a fresh load next to the live
 model, which takes no more memory than the adapter.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_lora_kinds.py``.
 """
 
 import copy
@@ -25,12 +27,12 @@ FreshId: TypeAlias = int
 
 @dataclass
 class BaseTwin:
-    """The twin of a base model, and which of its modules and tensors is which in the live model."""
+    """The twin of a base model, and the live counterparts of its modules and tensors."""
 
     model: torch.nn.Module = None
     #: the live counterpart of each module, parameter and buffer of the twin
     live_of: dict[FreshId, Any] = field(default_factory=dict)
-    #: the twin of each live module; with the parameters below, it keeps all those alive whose ids are in `live_of`
+    #: the twin of each live module; with `parameters`, it keeps the objects alive whose ids are in `live_of`
     twin_of: dict[LiveId, torch.nn.Module] = field(default_factory=dict)
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     #: parameters of special classes, which both models share, and their ``requires_grad``
@@ -72,7 +74,7 @@ def make_base_twin(base: torch.nn.Module) -> BaseTwin:
                 name: None if module._parameters[name] is None else tensor_twin(module._parameters[name])
                 for name in dict.fromkeys([*(order or ()), *module._parameters])
             }
-            made.live_of |= {id(each): each for each in module._buffers.values()}
+            made.live_of |= {id(buffer): buffer for buffer in module._buffers.values()}
         return made.twin_of[id(module)]
 
     def tensor_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -135,8 +137,8 @@ def in_defined_order(module: torch.nn.Module) -> list[str] | None:
 def _names_in_constructors(cls: type) -> tuple[str, ...]:
     """Names of attributes that a class's constructors assign, and their string constants, in the order of the code."""
     named: list[str] = []
-    for each in reversed(cls.__mro__):
-        code = getattr(inspect.unwrap(each.__dict__.get("__init__", object)), "__code__", None)
+    for ancestor in reversed(cls.__mro__):
+        code = getattr(inspect.unwrap(ancestor.__dict__.get("__init__", object)), "__code__", None)
         steps = () if code is None else dis.get_instructions(code)
         named += [step.argval for step in steps if step.opname in ("STORE_ATTR", "LOAD_CONST")]
-    return tuple(each for each in named if isinstance(each, str))
+    return tuple(name for name in named if isinstance(name, str))

@@ -2,8 +2,8 @@
 
 Such weights belong to the base model, so the next adapter needs the originals back. A swap keeps the originals of the
 weights that it overwrites. The originals of weights that PEFT overwrote when it loaded an adapter are lost, so the
-caller must pass them. A file may have any base weight, and nothing in the model says which ones PEFT has loaded, so all
-weights that the caller passes for the first time are compared with the model's.
+caller must pass them. A file may have any base weight, and nothing in the model shows which ones PEFT has loaded. So
+all weights that the caller passes for the first time are compared with the model's.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from ..core.change import Change, clear_gradients, copy_all
 from ..core.errors import listing
 from ..core.host import Host, canonical_path, modules_in
 from ..core.journal import Journal
-from ..core.plan import Action, Plan, change_layer_by_layer
+from ..core.plan import Action, Plan
 from ..core.planner import only_for
 from ..core.slot import Slot, begin_change, has_been_swapped
 from ..core.tensors import have_same_values
@@ -57,9 +57,10 @@ def lost_originals(host: Host, adapter_name: str) -> frozenset[str]:
     ``ANY`` is among them until the caller has passed base weights once.
     """
     config = host.configs[adapter_name]
-    if (lost := config.__dict__.get(LOST_ORIGINALS)) is None or not has_been_swapped(host.base, adapter_name):
-        lost = frozenset((ANY, *overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
-    return lost - kept_originals(host.base, adapter_name).keys()
+    names = config.__dict__.get(LOST_ORIGINALS)
+    if names is None or not has_been_swapped(host.base, adapter_name):
+        names = frozenset((ANY, *overwritten_by_config(host, config), *_embeddings(host, adapter_name)))
+    return names - kept_originals(host.base, adapter_name).keys()
 
 
 def overwritten_by_config(host: Host, config: PeftConfig) -> Iterator[str]:
@@ -89,8 +90,8 @@ def base_weight(base: torch.nn.Module, key: str) -> torch.Tensor | None:
 def base_weights_in(base: torch.nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
     """The base weights that are also in an adapter's file, by name, with the values that the model has now."""
     keys = [key for key in adapter.tensors if ".lora_" not in key]
-    found = {_own_name(key): base_weight(base, canonical_path(key)) for key in keys}
-    return {name: weight for name, weight in found.items() if weight is not None}
+    weights = {_own_name(key): base_weight(base, canonical_path(key)) for key in keys}
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _own_name(key: str) -> str:
@@ -116,7 +117,7 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     host, adapter_name = plan.slot.host, plan.slot.adapter_name
     # a model with an adapter, or with compiled layers, has longer names for them
     given = {_own_name(key): value for key, value in (plan.base_weights or {}).items()}
-    # tied weights have several names, of which the first is used for all
+    # tied weights have several names, and the first is used for all
     ids = {id(tensor): name for name, tensor in reversed(live.items())}
     first = {name: ids[id(tensor)] for name, tensor in live.items()}
     given, new, kept = (
@@ -125,12 +126,12 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
     )
     lost = lost_originals(host, adapter_name)
     unknown = {first[name] for name in lost & live.keys()} - kept.keys()
-    # once nothing is lost any more, a state dict is not even looked at
+    # if no originals are lost, the state dict is ignored
     compared = {name for name in given.keys() - kept.keys() if ANY in lost and _is_comparable(live[name])}
     for name in sorted(compared | (unknown & given.keys())):
         value, shape, is_tensor = given[name], live[name].shape, isinstance(given[name], torch.Tensor)
         if is_tensor and value.is_floating_point() and value.shape == shape and not value.is_meta:
-            # an empty tensor, or one made of others, as if quantized, has no memory of its own to compare
+            # an empty tensor, or one made of others (quantized), has no memory to compare
             if value.data_ptr() != live[name].data_ptr() or not value.data_ptr():
                 continue
             kind = "the live model's own memory, which PEFT may have overwritten"
@@ -162,34 +163,33 @@ def change_base_values(plan: Plan, new: Mapping[str, torch.Tensor], live: Mappin
 def change_to_originals(
     slot: Slot, given: Mapping[str, torch.Tensor] | None, if_any: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> Change:
-    """The change that gives base weights their original values; it can be taken back, unlike a swap that is done.
+    """The change that gives base weights their original values. It can be rolled back, unlike a completed swap.
 
     Parameters
     ----------
     given:
-        The originals by name, and weights that are not among them count as the base model's own. None: those that swaps
-        have kept.
+        The originals by name; missing weights count as unchanged. None: the originals that swaps have kept.
     if_any:
         More pairs of a target and a source, which are copied only if a base weight has other values than its original.
     """
     host, name = slot.host, slot.adapter_name
     live = base_tensors(host.base)
-    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, change_layer_by_layer, [])
+    plan = Plan(slot, Adapter(slot.config, {}, ""), slot.config, [])
     if given is not None:
-        ours = lost_originals(host, name) & live.keys() - given.keys()
-        plan.base_weights = {**{each: live[each].detach().clone() for each in ours}, **given}
-    found = change_base_values(plan, {}, live)
+        unchanged = lost_originals(host, name) & live.keys() - given.keys()
+        plan.base_weights = {**{key: live[key].detach().clone() for key in unchanged}, **given}
+    base_change = change_base_values(plan, {}, live)
     plan.raise_if_refused()
-    pairs = [*found.copies, *if_any] if found.copies else []
+    pairs = [*base_change.copies, *if_any] if base_change.copies else []
 
     def put_back(journal: Journal) -> None:
         previous = [(target, target.detach().clone()) for target, _ in pairs]
         journal.record(torch.no_grad()(lambda: copy_all(previous)))
         copy_all(pairs)
-        clear_gradients([target for target, _ in found.copies], journal)
-        journal.set_item(vars(slot.config), LOST_ORIGINALS, found.lost)
-        noted = host.base.__dict__
-        journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: {}})
+        clear_gradients([target for target, _ in base_change.copies], journal)
+        journal.set_item(vars(slot.config), LOST_ORIGINALS, base_change.lost)
+        notes = host.base.__dict__
+        journal.set_item(notes, ORIGINALS, {**notes.get(ORIGINALS, {}), name: {}})
 
     change = begin_change(slot)
     change.steps.append(put_back)
@@ -202,32 +202,33 @@ def _is_comparable(weight: torch.Tensor) -> bool:
 
 
 def _embeddings(host: Host, adapter_name: str) -> Iterator[str]:
-    """Names of the weights of embeddings that have the adapter, because PEFT saves those; none if it trains tokens."""
+    """Names of the weights of embeddings with the adapter, which PEFT saves; none if it trains single tokens."""
     config = host.configs[adapter_name]
     if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
         return
-    tuned = [each for each in embeddings_of(host.base) if isinstance(each, BaseTunerLayer)]
-    ones = [each for each in tuned if has_adapter(each, adapter_name)]
-    yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in ones) if ones else ()
+    tuned = [layer for layer in embeddings_of(host.base) if isinstance(layer, BaseTunerLayer)]
+    adapted = [layer for layer in tuned if has_adapter(layer, adapter_name)]
+    if adapted:
+        yield from (f"{path}.weight" for path, module in modules_in(host.base) if module in adapted)
 
 
 @only_for(lambda slot, _: not {layer.module for layer in slot.layers}.isdisjoint(embeddings_of(slot.host.base)))
 def check_embeddings(plan: Plan) -> None:
     """Refuse to turn embeddings off where the adapter's file may have replaced their base weights, which PEFT saves."""
     embeddings = embeddings_of(plan.slot.host.base)
-    off = [each for each in plan.layers if each.action is Action.OFF and each.rank_before is not None]
-    names = {f"{each.path}.weight" for each in off if each.layer.module in embeddings}
-    if lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name) if names else ()):
+    off = [layer for layer in plan.layers if layer.action is Action.OFF and layer.rank_before is not None]
+    names = {f"{layer.path}.weight" for layer in off if layer.layer.module in embeddings}
+    if names and (lost := sorted(names & lost_originals(plan.slot.host, plan.slot.adapter_name))):
         plan.refuse("embeddings_lost", lost=listing(lost, 3))
 
 
 def _vocabulary(slot: Slot, _: bool) -> str | None:
-    """The file that says that the base model had another vocabulary; None if none here does. Never asks the network."""
+    """The local config file of a base model with a different vocabulary, or None. Never uses the network."""
     source, config = getattr(slot.config, "base_model_name_or_path", None), getattr(slot.host.base, "config", None)
-    with contextlib.suppress(Exception):  # no such file, or one of another kind of model
+    with contextlib.suppress(Exception):  # no such file, or one of a different kind of model
         if not os.path.exists(file := os.path.join(source, "config.json")):
             file = try_to_load_from_cache(source, "config.json")
-        # as PEFT finds out, when it saves an adapter, whether the embeddings are saved with it
+        # PEFT makes the same comparison to decide whether to save embeddings with an adapter
         if isinstance(file, str) and type(config).from_pretrained(file).vocab_size != config.vocab_size:
             return file
     return None
@@ -242,7 +243,7 @@ def note_vocabulary(plan: Plan) -> None:
     slot = plan.slot
     if plan.base_weights is not None or ANY not in lost_originals(slot.host, slot.adapter_name):
         return
-    embeddings = {id(each.weight) for each in embeddings_of(slot.host.base) if hasattr(each, "weight")}
+    embeddings = {id(module.weight) for module in embeddings_of(slot.host.base) if hasattr(module, "weight")}
     if embeddings.isdisjoint(map(id, base_weights_in(slot.host.base, plan.adapter).values())):
         text = (
             f"the model's vocabulary is not the one of {slot.once(_vocabulary, False)}, so the file of the adapter "

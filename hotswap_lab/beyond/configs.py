@@ -1,4 +1,4 @@
-"""Configs that ask for more than plain LoRA: which of these can't be swapped, and what they add."""
+"""Configs that ask for more than plain LoRA: refusals, and fields that add state."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +19,8 @@ MEGATRON = "megatron.core"
 FORMS = ("use_dora", "lora_bias")
 #: config fields that add something besides B @ A, which no scaling applies to
 NOT_SCALED = ("modules_to_save", "trainable_token_indices", "bias", "layer_replication")
-#: the other fields that are known here to add state beyond the tensors and scalars of a layer. A field that is in none
-#: of these tables is a later PEFT's; then a fresh load decides, and it has no strength
+#: the other fields that add state beyond the tensors and scalars of a layer. Any other field is from a later PEFT; then
+#: a fresh load decides, and the adapter can't be scaled
 KNOWN = {
     *FORMS,
     *NOT_SCALED,
@@ -45,13 +45,14 @@ def judge(config: PeftConfig, role: str, loaded: PeftConfig | None = None) -> It
     if config.peft_type == PeftType.XLORA:
         yield refusal("method_refused", role=role)
     if is_lora and loaded is not None and form_for(config) != form_for(loaded):
-        found, expected = (f"use_dora={each.use_dora}, lora_bias={each.lora_bias}" for each in (config, loaded))
+        found, expected = (f"use_dora={either.use_dora}, lora_bias={either.lora_bias}" for either in (config, loaded))
         yield refusal("no_common_graph", found=found, expected=expected)
     elif is_lora and not damaged and loaded:
-        new, old = (set(extra_state(each)) for each in (config, loaded))
+        new, old = set(extra_state(config)), set(extra_state(loaded))
         lacking = (new - old, "which the loaded adapter lacks"), (old - new, "which only the loaded adapter has")
-        if found := "; ".join(f"{', '.join(sorted(more))}, {which}" for more, which in lacking if more):
-            yield refusal("member_of_another_kind", found=found)
+        if new != old:
+            differences = [f"{', '.join(sorted(fields))}, {which}" for fields, which in lacking if fields]
+            yield refusal("member_of_another_kind", found="; ".join(differences))
 
 
 def form_for(config: PeftConfig) -> tuple[bool, bool]:
@@ -60,8 +61,8 @@ def form_for(config: PeftConfig) -> tuple[bool, bool]:
 
 
 def pointless_rank(rank: Any, path: str, module: torch.nn.Module) -> Iterator[Refusal]:
-    """Refuse a rank far above any that this layer's update can have: its room might take more memory than the model."""
-    most = max([POINTLESS, *(2 * max(each.shape, default=0) for each in module.parameters())])
+    """Refuse a rank far above any that this layer's update can have: it might take more memory than the model."""
+    most = max([POINTLESS, *(2 * max(parameter.shape, default=0) for parameter in module.parameters())])
     if not is_rank(rank) or rank > most:
         yield refusal("pointless_rank", rank=rank, path=path, most=most)
 

@@ -1,6 +1,8 @@
 """Planning swaps that change more than values and ranks, or whose method is not LoRA.
 
 PEFT loads the new adapter next to the model, and the two are compared. The swap writes the differences.
+
+Tests: ``tests/beyond/test_every_method.py``, ``tests/beyond/test_neighbours.py`` and ``tests/beyond/test_pairs.py``.
 """
 
 import contextlib
@@ -39,8 +41,6 @@ from .targets import TARGETS, Targets, find_targets, keep_targets
 
 #: attribute of a base model: for each adapter, the paths of modules that had it before and may have it again
 PREVIOUS_LAYERS = "hotswap_previous_layers"
-#: what a plan was asked for, and what it has noted
-GIVEN = ("slot", "adapter", "compiled", "add_layers", "check_targets", "base_weights", "notes", "warnings")
 IN_TIME = "before compiling, prepare the model with this adapter among `adapters`; or swap before that"
 
 
@@ -50,7 +50,7 @@ IN_TIME = "before compiling, prepare the model with this adapter among `adapters
 def plan_beyond(plan: Plan) -> Plan | None:
     """Plan the swap with a fresh load if one of the two adapters is more than LoRA, or of another method."""
     slot, originals = plan.slot, plan.slot.host.base.__dict__.get(ORIGINALS, {})
-    # in a model that is not prepared, this also unwraps embeddings that are turned off, which PEFT would save
+    # in an unprepared model, this also unwraps embeddings that are turned off, which PEFT would save
     is_restored = plan.base_weights and (slot.room is None or lost_originals(slot.host, slot.adapter_name))
     loaded, new = slot.config, plan.adapter.config
     has_more = slot.once_for(loaded, _has_extra_state) or slot.once_for(new, _has_extra_state)
@@ -73,14 +73,14 @@ def _needs_more(slot: Slot, config: PeftConfig) -> bool:
 
 
 def _layers_of_another_form(slot: Slot, config: PeftConfig) -> list[SlotLayer]:
-    """The layers that have other tensors than an adapter with this config."""
+    """The layers whose kinds of tensors differ from those of an adapter with this config."""
     dora, bias = form_for(config)
-    has_magnitude = any(each.key == MAGNITUDE for each in slot.tensors)
+    has_magnitude = any(tensor.key == MAGNITUDE for tensor in slot.tensors)
     return [layer for layer in slot.layers if len(layer.tensors) != 2 + dora + bias or has_magnitude != dora]
 
 
 def take_base_weights(plan: Plan) -> None:
-    """Accept base weights in the file that equal the live model's, since PEFT saves those of embeddings with a LoRA."""
+    """Accept base weights in the file that equal the live model's, because PEFT saves those of adapted embeddings."""
     tensors, base = plan.unknown, plan.slot.host.base
     for key in [key for key in tensors if ".lora_" not in key]:
         weight = base_weight(base, key)
@@ -106,7 +106,7 @@ def plan_another_form(plan: Plan) -> Plan | None:
 
 
 def has_strange_leftovers(plan: Plan) -> bool:
-    """Whether PEFT may know keys that no layer took: names of older models, base weights with other values."""
+    """Whether PEFT may know keys that fit no layer: names of older models, base weights with different values."""
     base = plan.slot.host.base
     strange = {key: value for key, value in plan.unknown.items() if adaptable(base, key) is None}
     weights = {key: base_weight(base, key) for key in strange}
@@ -133,40 +133,39 @@ class FreshPlan(Plan):
     def nbytes(self) -> int:
         return self.graft.nbytes
 
-
-def change_from_graft(plan: FreshPlan) -> Change:
-    """The change that writes a graft to the live model."""
-    slot, graft = plan.slot, plan.graft
-    stays = graft.writes_values_only and not isinstance(slot.method, General)
-    change = begin_change(slot, plan.config, slot if stays else None)
-    for target, source in (*graft.copies, *graft.base.copies):
-        change.copy(target, source)
-    tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
-    write_scalings(change, tables, slot.adapter_name, values)
-    change.resizes += [(each, new.to(each.device, each.dtype, copy=True).contiguous()) for each, new in graft.resizes]
-    # cloned, because the change overwrites the base model's values
-    originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
-    written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
-    change.steps += [functools.partial(clear_gradients, written), *graft.steps]
-    change.steps.append(functools.partial(_note, plan, originals))
-    if slot.room is not None:  # nothing else is written there
-        change.steps.append(functools.partial(slot.room.note_swap, plan.config))
-    return change
+    def build_change(self) -> Change:
+        """Build the change that writes the graft to the live model."""
+        slot, graft = self.slot, self.graft
+        stays = graft.writes_values_only and not isinstance(slot.method, General)
+        change = begin_change(slot, self.config, slot if stays else None)
+        for target, source in (*graft.copies, *graft.base.copies):
+            change.copy(target, source)
+        tables, values = [table for table, _ in graft.scalings], [value for _, value in graft.scalings]
+        write_scalings(change, tables, slot.adapter_name, values)
+        change.resizes += [(old, new.to(old.device, old.dtype, copy=True).contiguous()) for old, new in graft.resizes]
+        # cloned, because the change overwrites the base model's values
+        originals = {name: value.detach().clone() for name, value in graft.base.originals.items()}
+        written = [*graft.parameters, *(target for target, _ in graft.base.copies)]
+        change.steps += [functools.partial(clear_gradients, written), *graft.steps]
+        change.steps.append(functools.partial(_note, self, originals))
+        if slot.room is not None:  # nothing else is written there
+            change.steps.append(functools.partial(slot.room.note_swap, self.config))
+        return change
 
 
 def _note(plan: FreshPlan, originals: dict[str, torch.Tensor], journal: Journal) -> None:
-    """Record on the model what the next swap needs: originals, targets, previous layers and added layers."""
+    """Record the originals, targets, previous layers and added layers on the model for the next swap."""
     host, name, graft = plan.slot.host, plan.slot.adapter_name, plan.graft
-    noted = host.base.__dict__
+    notes = host.base.__dict__
     clear_gradients([parameter for parameter, _ in graft.requires_grad], journal)
     for parameter, value in graft.requires_grad:
         journal.set_attribute(parameter, "requires_grad", value)
-    journal.set_item(noted, ORIGINALS, {**noted.get(ORIGINALS, {}), name: originals})
+    journal.set_item(notes, ORIGINALS, {**notes.get(ORIGINALS, {}), name: originals})
     plan.config.__dict__[LOST_ORIGINALS] = graft.base.lost
     keep_targets(plan.slot, plan.targets, plan.config, journal)
     if graft.unwrapped:
         previous = previous_layers(host.base, name).union(graft.unwrapped)
-        journal.set_item(noted, PREVIOUS_LAYERS, {**noted.get(PREVIOUS_LAYERS, {}), name: previous})
+        journal.set_item(notes, PREVIOUS_LAYERS, {**notes.get(PREVIOUS_LAYERS, {}), name: previous})
     names = getattr(host.tuner, "targeted_module_names", None)
     if graft.added and names is not None:
         journal.set_attribute(host.tuner, "targeted_module_names", [*dict.fromkeys([*names, *graft.added])])
@@ -179,9 +178,19 @@ def previous_layers(base: torch.nn.Module, adapter_name: str) -> frozenset[str]:
 
 def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     """Plan a swap by comparing the live model with a fresh load of the new adapter, whatever was planned so far."""
-    given: dict[str, Any] = {name: getattr(begun, name) for name in GIVEN}
     config = copy.deepcopy(begun.adapter.config)
-    plan = FreshPlan(**given, config=config, change_maker=change_from_graft, is_decided=True)
+    plan = FreshPlan(
+        begun.slot,
+        begun.adapter,
+        config,
+        begun.compiled,
+        begun.add_layers,
+        begun.check_targets,
+        begun.base_weights,
+        notes=begun.notes,
+        warnings=begun.warnings,
+        is_decided=True,
+    )
     slot, name = plan.slot, plan.slot.adapter_name
     if holds_shards(slot.host.base):
         plan.refuse("sharded_beyond")
@@ -189,21 +198,21 @@ def plan_with_fresh_load(begun: Plan) -> FreshPlan:
     plan.config.inference_mode = slot.config.inference_mode
     if not plan.check_targets and getattr(plan.config, "target_modules", "") is None:
         plan.config.target_modules = copy.copy(slot.config.target_modules)
-    around = filter(is_wrapper, slot.host.base.modules())
-    in_base = {each for wrapper in around for each in getattr(wrapper, "merged_adapters", ())}
-    if name in in_base:
+    wrappers = filter(is_wrapper, slot.host.base.modules())
+    merged = {merged_name for wrapper in wrappers for merged_name in getattr(wrapper, "merged_adapters", ())}
+    if name in merged:
         plan.refuse("merged", adapter_name=name)
-    plan.graft, plan.targets = _decide(plan, in_base - {name})
+    plan.graft, plan.targets = _decide(plan, merged - {name})
     graft, plan.layers = plan.graft, plan.graft.layers
     if not graft.writes_values_only:
-        found = listing(graft.differences, 3)
+        differences, count = listing(graft.differences, 3), len(graft.differences)
         if plan.compiled:
-            plan.refuse("compiled_other_kind", count=len(graft.differences), found=found)
+            plan.refuse("compiled_other_kind", count=count, found=differences)
         elif any(is_prepared(layer.module, name) for layer in slot.layers):
             # the advice that prepare_model_for_compiled_hotswap would give for this adapter
-            apart = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
-            next_step = apart[0].next_step if apart else IN_TIME
-            plan.refuse("prepared_other_kind", count=len(graft.differences), found=found, next_step=next_step)
+            reasons = [] if isinstance(slot.method, General) else misfits(slot, plan.adapter, in_graph=True)
+            next_step = reasons[0].next_step if reasons else IN_TIME
+            plan.refuse("prepared_other_kind", count=count, found=differences, next_step=next_step)
         check_parallel_training(plan, len(graft.layers), "another shape at the model")
     check_compiled(plan)
     return plan
@@ -224,7 +233,7 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
         graft.base.lost = lost_originals(host, name)
         return graft, known
     if isinstance(slot.method, General) and others_merged:
-        # most methods compute something from the base weights at first: singular vectors, clusters, a copy
+        # most methods compute initial values from the base weights: singular vectors, clusters, a copy
         plan.refuse("merged_beside", adapter_name=name, others=listing(map(repr, sorted(others_merged))))
         return Graft(), None
     try:
@@ -232,8 +241,9 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
             fresh = load_fresh_adapter(slot, config, adapter.tensors)
     except Exception as error:
         plan.cause = error
-        if found := _head_of_other_labels(plan):
-            plan.refuse("other_labels", key=found[0], labels=found[1], own=found[2])
+        if head := _head_of_other_labels(plan):
+            key, labels, own = head
+            plan.refuse("other_labels", key=key, labels=labels, own=own)
             return Graft(), None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         plan.refuse("not_loadable", kind=type(error).__name__, lines=" ".join(lines[:3]))
@@ -255,13 +265,15 @@ def _decide(plan: Plan, others_merged: set[str]) -> tuple[Graft, Targets | None]
 
 
 def _head_of_other_labels(plan: Plan) -> tuple[str, int, int] | None:
-    """The key of a classifier's weight if it is for another number of labels than the model's; and both numbers."""
+    """The key of a classifier's weight for a different number of labels than the model's, and both numbers; or None."""
     base, names = plan.slot.host.base, "|".join(HEADS.get(plan.adapter.config.task_type, ()))
     for key, tensor in plan.adapter.tensors.items():
-        found = names and re.fullmatch(rf"((?:.*\.)?(?:{names}))\.(.+)", canonical_path(key))
+        match = names and re.fullmatch(rf"((?:.*\.)?(?:{names}))\.(.+)", canonical_path(key))
+        if not match:
+            continue
         with contextlib.suppress(AttributeError):  # the model has no such head
-            head: Any = base.get_submodule(found[1]) if found else None
-            own = (inside(head) if is_wrapper(head) else head).get_parameter(found[2])
+            head: Any = base.get_submodule(match[1])
+            own = (inside(head) if is_wrapper(head) else head).get_parameter(match[2])
             if tensor.shape[1:] == own.shape[1:] and len(tensor) != len(own) == base.config.num_labels:
                 return key, len(tensor), len(own)
     return None
@@ -270,14 +282,13 @@ def _head_of_other_labels(plan: Plan) -> tuple[str, int, int] | None:
 def _layers_of_base(config: PeftConfig) -> str:
     """The config's ``layer_replication`` as JSON: the layers of the base model that PEFT repeats.
 
-    No swap can turn one arrangement of the layers into another. A model's arrangement is known only from the config of
-    the adapter that it was loaded with.
+    No swap can rearrange the layers. Only the config of the loaded adapter shows a model's arrangement.
     """
     return json.dumps(getattr(config, "layer_replication", None) or None, default=str)
 
 
 def _depends_on_class(plan: Plan, fresh: FreshAdapter) -> bool:
-    """Refuse an adapter with which the live model's class would compute something else than a fresh load's class."""
+    """Refuse an adapter for which a fresh load has a class that computes differently from the live model's."""
     host, config = plan.slot.host, fresh.config
     live, wanted = type(host.carrier), type(fresh.model)
     by_class = config.is_prompt_learning or config.peft_type == PeftType.POLY
@@ -305,12 +316,12 @@ def _check_complete(plan: Plan, fresh: FreshAdapter) -> None:
 
 @only_for(lambda slot, _: not slot.is_plain)
 def check_magnitudes(plan: Plan) -> None:
-    """Refuse an adapter with a magnitude that is zero, which means that DoRA is off on a layer."""
+    """Refuse an adapter with a magnitude of zero, which marks a layer where DoRA is off."""
     plan.refusals += zero_magnitudes(plan.adapter.tensors)
 
 
 def check_arrow(plan: Plan) -> None:
-    """Refuse to swap an expert of an Arrow router, which keeps the prototypes that it computed from the old expert."""
+    """Refuse to swap an expert of an Arrow router, which would keep prototypes computed from the old expert."""
     configs = plan.slot.host.configs
     if routers := [name for name in configs if getattr(configs[name], "arrow_config", None)]:
         plan.refuse("expert_of_arrow_router", adapter_name=plan.slot.adapter_name, routers=listing(map(repr, routers)))

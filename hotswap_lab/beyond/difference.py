@@ -2,14 +2,14 @@
 
 PEFT has loaded the new adapter onto a twin of the live base model, so both are trees around the same base modules.
 They are walked in parallel. An object of the fresh load that has a counterpart of the same form in the live model is
-not taken: the live one stays, and gets its values. Of any other object, the live model gets a copy that refers to the
-live model's own objects. What the fresh load lacks is removed. Entries of other adapters are never read.
+not copied: the live one stays, and gets its values. Other objects are copied into the live model, and the copies refer
+to its own objects. Objects that the fresh load lacks are removed. Entries of other adapters are never read.
 
 Say LoRA with r=4 on ``q_proj`` and ``v_proj`` is swapped for DoRA with r=6 on ``q_proj``. On ``q_proj``, ``lora_A`` and
 ``lora_B`` stay the same parameters and are resized, so an optimizer still has them. ``r["default"]`` and
 ``use_dora["default"]`` get new values. The live layer has no ``lora_magnitude_vector["default"]``, so it gets a copy.
 ``v_proj`` has no wrapper in the fresh load: the live one is taken off, or only emptied if another adapter is on it.
-All of it is noted in a :class:`Graft`, and written later.
+A :class:`Graft` records all changes, to be written later.
 """
 
 import copy
@@ -79,7 +79,7 @@ class Graft:
     resizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     #: all other writes, undoable
     steps: list[Step] = field(default_factory=list)
-    #: for reports, one line for each module that has the adapter
+    #: for reports, one entry for each module with the adapter
     layers: list[LayerPlan] = field(default_factory=list)
     #: paths of modules that need a new tuner layer
     added: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Graft:
     differences: list[str] = field(default_factory=list)
     #: live parameters of the adapter
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    #: the live tensor that gets the values of each of the fresh load's
+    #: the live target of each tensor of the fresh load
     target_of: dict[FreshId, Target] = field(default_factory=dict)
     #: pairs of a table and its plain value under the adapter's name
     scalars: list[tuple[MutableMapping[str, Any], object]] = field(default_factory=list)
@@ -102,17 +102,17 @@ class Graft:
     @property
     def writes_values_only(self) -> bool:
         """Whether shapes, tables and attributes all stay, so that a compiled graph stays valid."""
-        return all(each.endswith(BOOKKEEPING) for each in self.differences)
+        return all(text.endswith(BOOKKEEPING) for text in self.differences)
 
     @property
     def nbytes(self) -> int:
         """The bytes that are written to the model's tensors."""
         written = [target for target, _ in (*self.copies, *self.base.copies)]
-        return sum(each.nbytes for each in (*written, *(source for _, source in self.resizes)))
+        return sum(tensor.nbytes for tensor in (*written, *(source for _, source in self.resizes)))
 
 
 def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
-    """The writes that make the live model equal to the fresh load. Adds refusals to the plan where none can."""
+    """The writes that make the live model equal to the fresh load. Refuses the plan where that is impossible."""
     comparison = _Comparison(plan, fresh)
     comparison.roots()
     comparison.finish()
@@ -120,23 +120,23 @@ def difference(plan: Plan, fresh: FreshAdapter) -> Graft:
 
 
 class _Comparison:
-    """The walk over both trees, and what it knows by then of each object, by its ``id()``.
+    """The walk over both trees. It identifies objects by their ``id()``.
 
-    Two tables decide what becomes of an object of the fresh load. If it is in ``live_of``, it has a live counterpart
-    already. If its would-be counterpart is in ``taken``, that one is another object's, and the live model gets a copy,
-    the same in each place. Say the fresh load has one ``W`` for an embedding and the head, as ``ensure_weight_tying``
-    makes it, and the live model has ``A`` and ``B``, one for each:
+    Two tables decide how an object of the fresh load is transferred. If it is in ``live_of``, it already has a live
+    counterpart. If its candidate is in ``matched``, that is the counterpart of a different object, and the live model
+    gets a copy, the same one in all places. Say the fresh load has one ``W`` for an embedding and the head, because of
+    ``ensure_weight_tying``, and the live model has ``A`` and ``B``, one for each:
 
-    1. At the embedding, ``W`` is met for the first time: ``A`` gets its values, ``live_of[W] = A``, ``A`` is taken.
+    1. At the embedding, ``W`` is new: ``A`` gets its values, ``live_of[W] = A``, and ``A`` is matched.
     2. At the head, ``W`` is in ``live_of``, and the live object is ``B``: ``A`` replaces it.
 
     On the way back, the live model has ``A`` twice, and the fresh load ``V`` and ``W``. At the embedding ``A`` gets the
     values of ``V``. At the head it would get those of ``W``, too, and the last write would stay in both. But ``A`` is
-    taken, so the head gets a copy of ``W`` (``tests/beyond/test_memory.py``, ``test_pairs_on_a_tied_base``, from
+    matched, so the head gets a copy of ``W`` (``tests/core/test_memory.py``, ``test_pairs_on_a_tied_base``, from
     "saved, tied" to "saved").
 
     The keys are ids because tensors compare by value, and because ``live_of`` is the memo of ``copy.deepcopy`` in
-    :meth:`finish`: a copy then refers to the live objects. ``kept`` holds all objects, so that no id is given twice.
+    :meth:`finish`: a copy then refers to the live objects. ``kept`` keeps all objects alive, so that ids stay unique.
     """
 
     def __init__(self, plan: Plan, fresh: FreshAdapter):
@@ -147,13 +147,13 @@ class _Comparison:
         model, self.active = fresh.model, activity_of(host)
         #: the live counterpart of each of the fresh load's modules and tensors: of the base at first, then of all kept
         self.live_of: dict[FreshId, object] = dict(fresh.twin.live_of)
-        #: live objects that have a counterpart already, since some methods share modules between layers
-        self.taken: set[LiveId] = set()
+        #: live objects with a counterpart; some methods share modules between layers
+        self.matched: set[LiveId] = set()
         #: the fresh load's wrappers that the live model gets a copy of
         self.new: set[FreshId] = set()
-        self.kept = [*model.modules()]  # keeps the modules alive, so that no other object gets one of their ids
-        self.own = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in self.live_of]
-        #: a table, a key in it, and the fresh load's object of which a copy is put there
+        self.kept = [*model.modules()]
+        self.own = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in self.live_of]
+        #: a table, a key in it, and the fresh load's object to copy there
         self.puts: list[tuple[Table, str, object]] = []
         #: live wrappers that the fresh load lacks; removed last, when all the tables that they share are known
         self.rest: list[tuple[torch.nn.Module, str]] = []
@@ -177,10 +177,10 @@ class _Comparison:
 
     def _base(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
         """Compare two modules of the base model."""
-        if id(live) in self.taken:
+        if id(live) in self.matched:
             return
-        self.taken.add(id(live))
-        absent = [{name: child is None for name, child in each._modules.items()} for each in (live, fresh)]
+        self.matched.add(id(live))
+        absent = [{name: child is None for name, child in module._modules.items()} for module in (live, fresh)]
         # another layer may have the same class and the same weights, so the twin's record decides
         if absent[0] != absent[1] or self.live_of.get(id(fresh)) is not live:
             self._refuse(path, "other modules of the base model there than in a fresh load")
@@ -195,7 +195,7 @@ class _Comparison:
         around, fresh_core = wrappers.peel(fresh)
         rest, new = list(present), []
         for wrapper in around:
-            match = next((each for each in rest if wrappers.are_alike(each, wrapper)), None)
+            match = next((live for live in rest if wrappers.are_alike(live, wrapper)), None)
             if match is None:
                 new.append(wrapper)
             else:
@@ -206,7 +206,7 @@ class _Comparison:
                 if len(self.graft.resizes) > resizes:
                     action = Action.RESIZE
                 self._report(path, match, action, before, wrapper)
-        staying = [each for each in rest if self._stays(each)]
+        staying = [wrapper for wrapper in rest if self._stays(wrapper)]
         self._check_place(path, new, staying)
         for wrapper in new:
             self.new.add(id(wrapper))
@@ -215,9 +215,9 @@ class _Comparison:
                 self.graft.added.append(path)
             self._report(path, wrapper, Action.ADD, None, wrapper)
         self.rest += [(wrapper, path) for wrapper in rest]
-        wanted = [self.live_of.get(id(each), each) for each in around]
-        chain = [each for each in present if each in wanted or each in staying]
-        if [each for each in chain if each in wanted] != wanted:
+        wanted = [self.live_of.get(id(wrapper), wrapper) for wrapper in around]
+        chain = [wrapper for wrapper in present if wrapper in wanted or wrapper in staying]
+        if [wrapper for wrapper in chain if wrapper in wanted] != wanted:
             # PEFT puts a wrapper that is loaded later around those that are there
             chain = wanted + staying if self.is_mixed else staying + wanted
         holders = [(parent, name), *map(wrappers.holder_of_inside, chain)]
@@ -233,13 +233,13 @@ class _Comparison:
     def _check_place(self, path: str, new: list[torch.nn.Module], staying: list[torch.nn.Module]) -> None:
         if new and staying and not (self.is_mixed and isinstance(staying[0], BaseTunerLayer)):
             first = staying[0], new[0]
-            kinds = [f"{'tied ' if wrappers.is_tied(each) else ''}{type(each).__name__}" for each in first]
+            kinds = [f"{'tied ' if wrappers.is_tied(wrapper) else ''}{type(wrapper).__name__}" for wrapper in first]
             self._refuse(path, f"a {kinds[0]} that stays there, where a {kinds[1]} would have to be put")
-        if self.others and any(isinstance(each, LNTuningLayer) for each in (*new, *staying)):
+        if self.others and any(isinstance(wrapper, LNTuningLayer) for wrapper in (*new, *staying)):
             self._refuse(path, "a layer that fails, unlike a fresh one, where the active adapter is not on it")
 
     def _stays(self, wrapper: torch.nn.Module) -> bool:
-        """Whether a live wrapper stays without this adapter: for other adapters, or since prepared layers are kept."""
+        """Whether a live wrapper stays without this adapter: for other adapters, or because it is prepared."""
         if not wrappers.has_adapter(wrapper, self.name) or is_prepared(wrapper, self.name):
             return True
         return any(wrappers.has_adapter(wrapper, other) for other in self.others)
@@ -256,7 +256,7 @@ class _Comparison:
                 self._turn_off(wrapper)
         elif self._stays(wrapper):
             for attribute, table in wrappers.entries_under(wrapper, self.name):
-                if id(table) not in self.taken:
+                if id(table) not in self.matched:
                     self._delete(table, f"{path}: {attribute}")
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 self._set_presence(wrapper, False, path)
@@ -277,10 +277,10 @@ class _Comparison:
     # ---- two modules of the same form
 
     def _pair(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str, own: bool = False) -> None:
-        """Compare everything in two modules, which are wrappers or tuners of PEFT, or the adapter's ``own`` modules."""
+        """Compare two modules completely: wrappers or tuners of PEFT, or the adapter's ``own`` modules."""
         if id(fresh) in self.live_of:
             return
-        self._note(live, fresh)
+        self._match(live, fresh)
         skipped = None
         if not own:
             holder, name = wrappers.holder_of_inside(fresh)
@@ -309,9 +309,9 @@ class _Comparison:
         if not own:
             self._presence(live, fresh, path)
 
-    def _note(self, live: object, fresh: object) -> None:
+    def _match(self, live: object, fresh: object) -> None:
         self.live_of[id(fresh)] = live
-        self.taken.add(id(live))
+        self.matched.add(id(live))
 
     def _presence(self, live: torch.nn.Module, fresh: torch.nn.Module, path: str) -> None:
         """Add the adapter to a wrapper's set of them, and remove it from tables that a fresh load lacks."""
@@ -322,7 +322,7 @@ class _Comparison:
         if isinstance(live, AuxiliaryTrainingWrapper) and self.name not in live._adapters:
             self._set_presence(live, True, path)
         if is_marked_off(live, self.name):
-            # everything else that differs where an adapter is off has been compared
+            # all other differences where an adapter is off have been compared
             self.graft.steps.append(lambda journal: mark(live, OFF_ATTRIBUTE, self.name, False, journal))
 
     def _attribute(self, live: torch.nn.Module, attribute: str, value: object, path: str, own: bool) -> None:
@@ -347,7 +347,7 @@ class _Comparison:
         present = live._modules[attribute]
         mine, wanted = wrappers.stores_of(present)[0], wrappers.stores_of(fresh)[0]
         if {self.name, *self.others}.intersection(mine) or self.name in wanted:
-            self._note(present, fresh)
+            self._match(present, fresh)
             self._entry(present, fresh, path)
             # the names of buffers that are left out of state dicts, and so of saved files
             left_out = present._non_persistent_buffers_set - fresh._buffers.keys() | fresh._non_persistent_buffers_set
@@ -382,7 +382,7 @@ class _Comparison:
             elif isinstance(live, EvalFreeDropout):
                 if live.p != (p := getattr(fresh, "p", 0.0)):
                     self.graft.steps.append(lambda journal: journal.set_attribute(live, "p", p))
-            elif id(live) in self.taken:
+            elif id(live) in self.matched:
                 self._put_new(table, key, fresh, path)
             elif isinstance(fresh, torch.Tensor):
                 self._tensor(table, key, live, fresh, path)
@@ -401,7 +401,7 @@ class _Comparison:
         if live.is_meta or fresh.is_meta:
             self._refuse(path, "a tensor without data (on the meta device)")
             return
-        self._note(live, fresh)
+        self._match(live, fresh)
         self.graft.target_of[id(fresh)] = Target(wrappers.stores_of(table)[0], key, live)
         if is_parameter:
             self.graft.parameters.append(live)
@@ -415,9 +415,9 @@ class _Comparison:
 
     def _pad(self, live: BaseTunerLayer, fresh: BaseTunerLayer) -> None:
         """Pad the fresh load's tensors to the rank that the live ones were prepared for, if that is higher."""
-        room = {each.key: each for each in self.method.tensors_of(live, self.name) or ()}
+        targets = {tensor.key: tensor for tensor in self.method.tensors_of(live, self.name) or ()}
         for source in self.method.tensors_of(fresh, self.name) or ():
-            parameter, target = source.parameter, room.get(source.key)
+            parameter, target = source.parameter, targets.get(source.key)
             if target and target.fits(parameter.shape) and (source.capacity or 0) < (target.capacity or 0):
                 parameter.data = target.padded(parameter.detach(), target.capacity)
                 if source.size_attribute:
@@ -426,26 +426,26 @@ class _Comparison:
 
     def _freeze(self, live: torch.nn.Module, fresh: torch.nn.Module) -> None:
         """Follow PEFT, which freezes some weights of a few kinds of LoRA, such as MiCA's ``lora_B``."""
-        before, after = (set(getattr(each, FROZEN, {}).get(self.name, ())) for each in (live, fresh))
+        before, after = (set(getattr(wrapper, FROZEN, {}).get(self.name, ())) for wrapper in (live, fresh))
         tensors = self.method.tensors_of(live, self.name) if before != after else None
-        trained = any(each.parameter.requires_grad for each in tensors or ())
-        for each in tensors or ():
-            if (name := each.key.partition(".")[0]) in before ^ after:
-                self.graft.requires_grad.append((each.parameter, trained and name not in after))
+        trained = any(tensor.parameter.requires_grad for tensor in tensors or ())
+        for tensor in tensors or ():
+            if (name := tensor.key.partition(".")[0]) in before ^ after:
+                self.graft.requires_grad.append((tensor.parameter, trained and name not in after))
 
     def _are_equal(self, live: object, fresh: object) -> bool:
         if isinstance(live, (list, tuple)) and isinstance(fresh, (list, tuple)):
-            live, fresh = list(live), [self.live_of.get(id(each), each) for each in fresh]
+            live, fresh = list(live), [self.live_of.get(id(item), item) for item in fresh]
         return wrappers.are_equal(live, self.live_of.get(id(fresh), fresh))
 
     def _part_memory(self) -> None:
-        """Give memory of their own to tensors that share it with others, as in tied layers, and need other values."""
+        """Separate tensors that share memory, as in tied layers, but need different values."""
         is_apart = self.plan.slot.room is not None
         for group in [] if is_apart else overlapping([live for live, *_ in self.values]):
-            found = [self.values[number] for number in group]
-            for number in conflicting_writes([each[:2] for each in found]):
-                live, values, path = found[number]
-                self.graft.copies = [each for each in self.graft.copies if each[0] is not live]
+            writes = [self.values[number] for number in group]
+            for number in conflicting_writes([(live, values) for live, values, _ in writes]):
+                live, values, path = writes[number]
+                self.graft.copies = [pair for pair in self.graft.copies if pair[0] is not live]
                 self.graft.resizes.append((live, values))
                 self.graft.differences.append(f"{path} shares memory with another tensor, unlike a fresh one")
 
@@ -490,18 +490,18 @@ class _Comparison:
 
     def finish(self) -> None:
         """Remove the adapter from wrappers that the fresh load lacks, and make the steps that copy its objects."""
-        for each in self.rest:
-            self._remove(*each)
+        for wrapper, path in self.rest:
+            self._remove(wrapper, path)
         self._part_memory()
         live = (*self.host.base.modules(), *self.host.base.parameters())
-        memo = {id(each): each for each in (*live, *self.own, self.fresh.config)} | self.live_of
+        memo = {id(item): item for item in (*live, *self.own, self.fresh.config)} | self.live_of
         trained = any(parameter.requires_grad for parameter in self.graft.parameters)
         if self.graft.parameters and not trained:  # PEFT leaves an adapter frozen while another one is active
-            for each in self.own:
-                each.requires_grad_(False)
+            for tensor in self.own:
+                tensor.requires_grad_(False)
         for module in self.kept:  # PEFT keeps tensors there that are part of a graph, which Python can't copy
             tied = getattr(module, "kwargs", {}).get("tied_adapter") or {}
-            tied.update({key: each.detach() for key, each in tied.items()})
+            tied.update({key: tensor.detach() for key, tensor in tied.items()})
         for table, key, fresh in self.puts:
             values = copy.deepcopy(fresh, memo), None
             for store, value in zip(wrappers.stores_of(table), values, strict=False):
@@ -509,7 +509,7 @@ class _Comparison:
 
 
 def activity_of(host: Host) -> tuple[list[str], bool]:
-    """The adapters that a model computes with, and whether they are disabled."""
+    """The active adapters of a model, and whether they are disabled."""
     for path, module in host.base.named_modules():
         # the layer inside a wrapper for trained tokens has active adapters of its own
         if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter"):

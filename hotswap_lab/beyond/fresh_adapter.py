@@ -1,4 +1,7 @@
-"""Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model."""
+"""Fresh adapters: the new adapter as PEFT itself loads it, onto a twin of the live base model.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_every_method.py``.
+"""
 
 import contextlib
 import copy
@@ -33,9 +36,9 @@ class FreshAdapter:
     base_values: Mapping[str, torch.Tensor]
     #: all weights of the twin, by the same names
     twins: Mapping[str, torch.Tensor]
-    #: for each key of the file, the tensor of the fresh load that PEFT loaded it into
+    #: the tensor of the fresh load that PEFT loaded each key of the file into
     origins: Mapping[str, torch.Tensor]
-    #: keys of the file that this model has no use for
+    #: keys of the file that PEFT ignores
     unexpected: list[str]
     #: tensors of the adapter that the file has no values for
     missing: list[str]
@@ -47,7 +50,7 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
     Parameters
     ----------
     slot:
-        The live adapter, whose name the new one gets. It is only read.
+        The live adapter, which is only read. The new adapter gets its name.
     config:
         The new adapter's config, with the ``inference_mode`` of the live one.
     tensors:
@@ -62,12 +65,12 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
         raise RuntimeError("its layers are nested by an order of parameters that the base model may have lost")
     taken_out = take_out(config)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may compute
+    # quantized weights have no twins, so PEFT sets `requires_grad` of the live ones, while no other thread may run
     with locked(base) if twin.shared else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = memory_guard(base, tensors.values())
         try:
-            # torch removes and restores a mode around each function; Ctrl-C in between would leave another mode off
+            # torch removes and restores a mode around each function; Ctrl-C in between would leave a mode off
             with interrupts_held(), compilers_kept(), random_numbers_kept(), memory:
                 model = cls(twin.model, config, adapter_name, autocast_adapter_dtype=to_float32)
             file = _file_keys(model, tensors, adapter_name)
@@ -78,7 +81,7 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
             with interrupts_held():
                 for parameter, requires_grad in twin.shared:
                     parameter.requires_grad_(requires_grad)
-    if any(each.data_ptr() != twin.live_of[id(each)].data_ptr() for each in twin.parameters):
+    if any(weight.data_ptr() != twin.live_of[id(weight)].data_ptr() for weight in twin.parameters):
         raise RuntimeError("PEFT changes weights of the base model when it loads this adapter")
     config = model.peft_config[adapter_name]
     vars(config).update(taken_out)
@@ -89,14 +92,14 @@ def load_fresh_adapter(slot: Slot, config: PeftConfig, tensors: Mapping[str, tor
 
 
 def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, result) -> tuple[list[str], list[str]]:
-    """Keys of the file that the model has no use for, and tensors of the adapter that are missing in the file."""
+    """Keys of the file that PEFT ignores, and tensors of the adapter that are missing in the file."""
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if model.peft_config[adapter_name].is_prompt_learning:
         return sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
     # Some tensors are never saved, so a fresh load doesn't miss them. Others are saved once and shared by all layers.
     # Keys of a file differ from names in the model, so tensors are matched by their memory.
     # A base may have sparse buffers, which have no address.
-    memory = {key: each.data_ptr() for key, each in model.state_dict().items() if each.layout == torch.strided}
+    memory = {key: tensor.data_ptr() for key, tensor in model.state_dict().items() if tensor.layout == torch.strided}
     missing = set(result.missing_keys)
     filled = {address for key, address in memory.items() if key not in missing}
     awaited = {tensor.data_ptr() for key, tensor in saved.items() if key not in keys} - filled
@@ -105,7 +108,7 @@ def _mismatches(model: PeftModel, tensors: Mapping, keys, adapter_name: str, res
 
 
 def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: Mapping[int, str]):
-    """Write the adapter's tensors into the fresh load, but return those for the base model, instead of writing them."""
+    """Write the adapter's tensors into the fresh load, except those for the base model, which are returned."""
     own = dict(named_tensors(model))
     base_keys = {key: base_names[id(tensor)] for key, tensor in own.items() if id(tensor) in base_names}
     base_values: dict[str, torch.Tensor] = {}
@@ -113,14 +116,14 @@ def _set_tensors(model: PeftModel, file: Mapping, tensors: Mapping, base_names: 
     keys = {id(tensor): key for key, tensor in tensors.items()}
 
     def keep_apart(module, state_dict: dict, *_: object) -> None:
-        # base weights share memory with the live model; PEFT reports those that have another shape
+        # base weights share memory with the live model; PEFT reports those with a different shape
         here = [key for key, value in state_dict.items() if key in base_keys and value.shape == own[key].shape]
         base_values.update({base_keys[key]: state_dict.pop(key) for key in here})
-        # a tensor that PEFT has converted is another object by now, and gets no origin
-        now = dict(named_tensors(model))
-        for key, each in state_dict.items():
-            if id(each) in keys and key in now:
-                origins[keys[id(each)]] = now[key]
+        # a tensor that PEFT has converted is a different object, and gets no origin
+        loaded = dict(named_tensors(model))
+        for key, tensor in state_dict.items():
+            if id(tensor) in keys and key in loaded:
+                origins[keys[id(tensor)]] = loaded[key]
 
     (adapter_name,) = model.peft_config
     with model.register_load_state_dict_pre_hook(keep_apart):

@@ -1,6 +1,8 @@
 """The tensors of every PEFT method but LoRA, found by the layers' own list of them, ``adapter_layer_names``.
 
 These swaps copy from a freshly loaded adapter, so this module needs to know only where a method keeps its tensors.
+
+Tests: ``tests/beyond/test_every_method.py``.
 """
 
 from collections.abc import Callable
@@ -34,10 +36,10 @@ class General(Beyond):
         if not isinstance(layer, BaseTunerLayer):
             return None
         tables = [(name, attrgetter(name)(layer)) for name in layer.adapter_layer_names]
-        found = [(name, table) for name, table in tables if adapter_name in table]
+        tables = [(name, table) for name, table in tables if adapter_name in table]
         tensors = []
         is_tucker = any(adapter_name in getattr(layer, table, ()) for table in TUCKER)
-        for name, table in found:
+        for name, table in tables:
             named_key = f"{name}.{adapter_name}"
             if isinstance(entry := table[adapter_name], torch.nn.Module):
                 for inner, _ in entry.named_parameters():
@@ -47,6 +49,6 @@ class General(Beyond):
             elif isinstance(table, torch.nn.ParameterDict):
                 axis = None if is_tucker else RANK_AXES.get(name)
                 tensors.append(SlotTensor(name, named_key, table, adapter_name, axis))
-        return spread(tensors) if found else None
+        return spread(tensors) if tables else None
 
     prepare_in_place: ClassVar[Callable[..., Any]] = staticmethod(prepare_in_place)

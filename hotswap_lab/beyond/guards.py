@@ -20,12 +20,12 @@ SMALL = 32 * 2**20
 FACTOR = 4
 #: bytes that a method may allocate for each weight of the base model; WaveFT needs the most, 12
 PER_WEIGHT = 64
-#: bytes that a tensor takes in addition to its elements, for the Python objects around it
+#: bytes of the Python objects around a tensor
 OVERHEAD = 4096
 
 
 def take_out(config: PeftConfig) -> dict[str, object]:
-    """Remove from a config the work that PEFT need not do again. Returns the removed fields, to be put back.
+    """Remove fields from a config that would make PEFT repeat work. Return them, to be restored later.
 
     Raises
     ------
@@ -65,18 +65,18 @@ def device_with_values() -> contextlib.AbstractContextManager[Any]:
 
 
 def random_numbers_kept() -> contextlib.AbstractContextManager[None]:
-    """Restore the state of the random number generators, which PEFT advances with initial weights that aren't kept.
+    """Restore the state of the random number generators, because PEFT draws initial weights that aren't kept.
 
     A thread that samples meanwhile, outside of ``in_use(model)``, may draw the same numbers twice.
     """
-    # asking for the state of a GPU initializes CUDA, so it is not done in processes that don't use one
+    # reading a GPU's state initializes CUDA, so it is skipped in processes that don't use one
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 @contextlib.contextmanager
 def state_kept(module: torch.nn.Module) -> Iterator[None]:
-    """Restore the values of a module's buffers, and random numbers, after a block that computes with it."""
-    values = [(each, each.clone()) for each in module.buffers() if not each.is_meta]
+    """Restore the values of a module's buffers, and random numbers, after a block that runs it."""
+    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
     try:
         with random_numbers_kept():
             yield
@@ -107,7 +107,7 @@ class MemoryGuard(TorchFunctionMode):
     hotswap_lab.beyond.guards.TooLargeError: its config asks for too many tensors, such as one of (1000000, 1000000)
     """
 
-    #: functions that make tensors whose size is not that of an input
+    #: functions that make tensors of a new size
     FACTORIES = (
         *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "normal", "eye", "arange"),
         *("linspace", "tril_indices", "triu_indices", "tensor", "empty_strided", "repeat", "tile"),
@@ -117,7 +117,7 @@ class MemoryGuard(TorchFunctionMode):
     def __init__(self, limit: int):
         super().__init__()
         self.limit = limit
-        self.taken: int = 0
+        self.allocated: int = 0
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,18 +128,18 @@ class MemoryGuard(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _count(self, function, args: tuple, kwargs: dict) -> None:
-        elsewhere = {key: kwargs[key] for key in kwargs.keys() - {"generator", "pin_memory", "out", "device"}}
+        options = {key: kwargs[key] for key in kwargs.keys() - {"generator", "pin_memory", "out", "device"}}
         try:
             # the same call on the meta device takes no memory and shows the size
-            meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in args]
-            if not any(isinstance(each, torch.Tensor) for each in args):
-                elsewhere["device"] = "meta"
-            shape = function(*meta, **elsewhere)
+            meta_args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in args]
+            if not any(isinstance(value, torch.Tensor) for value in args):
+                options["device"] = "meta"
+            result = function(*meta_args, **options)
         except Exception:
             return  # the call itself will fail, or the meta device doesn't support it
-        self.taken += shape.numel() * shape.itemsize + OVERHEAD
-        if self.taken > self.limit:
-            raise TooLargeError(f"its config asks for too many tensors, such as one of {tuple(shape.shape)}")
+        self.allocated += result.numel() * result.itemsize + OVERHEAD
+        if self.allocated > self.limit:
+            raise TooLargeError(f"its config asks for too many tensors, such as one of {tuple(result.shape)}")
 
 
 def memory_guard(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> MemoryGuard:

@@ -1,4 +1,7 @@
-"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases."""
+"""Everything in LoRA besides plain A and B: grouped convolutions, DoRA's magnitudes, biases.
+
+Tests: ``tests/beyond/test_lora_kinds.py`` and ``tests/beyond/test_off.py``.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +66,9 @@ def _rare_kinds(layer: TunerLayer, adapter_name: str, tensors: list[SlotTensor])
     """The tensors of a layer, with :class:`GroupedTensor` for grouped convolutions, and with DoRA's magnitude."""
     step = getattr(layer.get_base_layer(), "groups", 1)
     if step > 1:
-        tensors = [each if each.rank_axis is None else GroupedTensor(**vars(each), rank_step=step) for each in tensors]
+        tensors = [
+            tensor if tensor.rank_axis is None else GroupedTensor(**vars(tensor), rank_step=step) for tensor in tensors
+        ]
     if adapter_name in layer._modules.get("lora_magnitude_vector", ()):
         owner = layer.lora_magnitude_vector[adapter_name]
         tensors = [*tensors, SlotTensor(MAGNITUDE, f"{MAGNITUDE}.{adapter_name}.weight", owner, "weight")]
@@ -83,9 +88,9 @@ MAGNITUDE = "lora_magnitude_vector"
 class _Offable:
     """A mixin for a variant of DoRA, which computes the same as the base layer where the magnitude is zero.
 
-    DoRA gives its magnitude to the weights as their norms. The norms of the base weights would mean "no adapter here",
-    but only until those change. Zero would remove the layer, so no adapter has it, and it is free to mean "off", as for
-    A and B. The forward looks at the value, so that a compiled graph does, too.
+    DoRA's magnitude sets the norms of the weights. The norms of the base weights would mean "no adapter here", but only
+    until those change. A magnitude of zero would remove the layer, so no adapter has it, and it can mean "off", like
+    zeros in A and B. The forward checks the value, so a compiled graph does, too.
     """
 
     def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **given: Any) -> Any:
@@ -98,13 +103,13 @@ class _Offable:
 
 @functools.cache
 def offable(original: type) -> Any:
-    """A variant of DoRA that can be off; all layers share it, because a variant has no state."""
+    """A variant of DoRA that can be off. All layers share it, because variants have no state."""
     return type(original.__name__, (_Offable, original), {"hotswap_original": original})()
 
 
 def zero_magnitudes(tensors: Mapping[str, torch.Tensor]) -> Iterator[Refusal]:
     """Refuse magnitudes that would turn DoRA off."""
-    if zero := [key for key, each in tensors.items() if MAGNITUDE in key and not each.any()]:
+    if zero := [key for key, magnitude in tensors.items() if MAGNITUDE in key and not magnitude.any()]:
         yield refusal("magnitude_zero", count=len(zero), keys=listing(zero, 2))
 
 
@@ -123,13 +128,13 @@ def forget_norms(slot: Slot, config: Config, journal: Journal) -> None:
 
 
 class Beyond(Method):
-    """What is the same for LoRA and for all other methods."""
+    """The methods that LoRA and all other PEFT methods share."""
 
     judge: ClassVar[Callable[..., Any]] = staticmethod(configs.judge)
 
     def follow(self, slot: Slot, config: Config, journal: Journal) -> None:
-        """Note on a config what it leaves as it is, look after state dicts, and clear caches."""
-        # this swap leaves the base weights as they are
+        """Record on a config which originals are lost, look after state dicts, and clear caches."""
+        # this swap doesn't change the base weights
         vars(config)[LOST_ORIGINALS] = lost_originals(slot.host, slot.adapter_name)
         look_after(slot, config, journal)
         forget_norms(slot, config, journal)
@@ -167,28 +172,30 @@ class FullLora(Beyond, Lora):
         has_bias = getattr(tables["lora_B"]._modules.get(adapter_name), "bias", None) is not None
         if has_bias or adapter_name in tables["lora_magnitude_vector"]._modules:
             tensors = self.tensors_of(layer, adapter_name) or []
-            trained = on and any(each.parameter.requires_grad for each in tensors if each.rank_axis is not None)
-            for parameter in (each.parameter for each in tensors if each.rank_axis is None):
-                if parameter.requires_grad != trained:
-                    journal.set_attribute(parameter, "requires_grad", trained)
+            trained = on and any(tensor.parameter.requires_grad for tensor in tensors if tensor.rank_axis is not None)
+            for tensor in tensors:
+                if tensor.rank_axis is None and tensor.parameter.requires_grad != trained:
+                    journal.set_attribute(tensor.parameter, "requires_grad", trained)
         # with lora_bias set, PEFT's merging fails on a base layer that has no bias, even if the adapter's is zero
         journal.set_item(layer.lora_bias, adapter_name, on and has_bias)
 
     def make_offable(self, layer: TunerLayer, adapter_name: str, journal: Journal) -> None:
         variant = layer.lora_variant.get(adapter_name)
-        if isinstance(variant, DORA) and not isinstance(variant, _Offable):  # that of embeddings is a subclass
+        if isinstance(variant, DORA) and not isinstance(variant, _Offable):  # the one of embeddings is a subclass
             journal.set_item(layer.lora_variant, adapter_name, offable(type(variant)))
 
     def no_room(self, slot: Slot, ranks: Mapping[str, int]) -> Iterator[Refusal]:
-        own, base, name = {layer.path: layer for layer in slot.layers}, slot.host.base, slot.adapter_name
-        on = [layer for layer in slot.layers if not is_marked_off(layer.module, name)]
-        yield from zero_magnitudes({f"{each.path}.{one.key}": one.parameter for each in on for one in each.tensors})
+        base, name = slot.host.base, slot.adapter_name
+        layers = {layer.path: layer for layer in slot.layers}
+        active = [layer for layer in slot.layers if not is_marked_off(layer.module, name)]
+        tensors = {f"{layer.path}.{tensor.key}": tensor.parameter for layer in active for tensor in layer.tensors}
+        yield from zero_magnitudes(tensors)
         for path, rank in ranks.items():
             if pointless := [*configs.pointless_rank(rank, path, base.get_submodule(path))]:
                 yield from pointless
                 return
-            if path in own and rank % (groups := own[path].tensors[0].rank_step):
-                kind, next_rank = type(own[path].module).__name__, -(-rank // groups) * groups
+            if path in layers and rank % (groups := layers[path].tensors[0].rank_step):
+                kind, next_rank = type(layers[path].module).__name__, -(-rank // groups) * groups
                 yield refusal(
                     "target_rank_not_for_groups", kind=kind, groups=groups, rank=rank, path=path, next_rank=next_rank
                 )

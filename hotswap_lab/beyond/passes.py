@@ -1,8 +1,8 @@
-"""All that decides a swap: PEFT's methods, and the passes of a plan in the order in which they run.
+"""PEFT's methods, and the passes of a plan in their order.
 
-A pass gets the plan, adds what it finds, and writes nothing. LoRA alone needs only those of ``hotswap_lab.core``. The
-others are about PEFT's other methods, and about cases that few adapters meet. Slots and plans take both lists:
-``make_plan(slot_for(METHODS, ...), adapter, passes=PASSES)``.
+A pass gets the plan, adds decisions or refusals, and writes nothing to the model. LoRA alone needs only those of
+``hotswap_lab.core``. The others are about PEFT's other methods, and about cases that few adapters meet. Slots and plans
+take both lists: ``make_plan(slot_for(METHODS, ...), adapter, passes=PASSES)``.
 """
 
 from ..core import checks, planner
@@ -12,7 +12,7 @@ from . import base_values, decide, shards
 from .general import General
 from .lora import FullLora
 
-#: a slot is of the first one that takes its adapter's config
+#: a slot uses the first method that accepts its adapter's config
 METHODS: tuple[Method, ...] = (FullLora(), General())
 
 PASSES: tuple[Pass, ...] = (

@@ -3,6 +3,8 @@
 The updates of these methods (LoHa, LoKr, HiRA, AdaLoRA) are sums over rank components, as LoRA's ``B @ A`` is. So each
 tensor gets room for the highest rank of a family, and scalings become tensors. The tensors share no memory: a swap
 loads the adapter again, and copies tensor by tensor.
+
+Tests: ``tests/beyond/test_prepared.py``.
 """
 
 import functools
@@ -24,19 +26,21 @@ from .configs import pointless_rank
 
 
 def prepare_in_place(slot: Slot, target_rank: int | None, family: list[Adapter]) -> tuple[Change, list[Refusal]]:
-    """Allocate room for the family without changing the model yet. Returns the change, and the reasons against it."""
+    """Allocate room for the family without changing the model yet. Return the change, and the reasons against it."""
     change, name = begin_change(slot, slot.config), slot.adapter_name
     if (kind := slot.config.peft_type) not in PADDABLE:
-        others = ", ".join(sorted(each.value for each in PADDABLE if each != PeftType.LORA))
+        others = ", ".join(sorted(other.value for other in PADDABLE if other != PeftType.LORA))
         return change, [refusal("type_not_preparable", kind=kind.value, adapter_name=name, others=others)]
-    if refusals := [each for adapter in family for each in misfits(slot, adapter, in_graph=True)]:
+    if refusals := [reason for adapter in family for reason in misfits(slot, adapter, in_graph=True)]:
         return change, refusals
     with slot.write_mode(), torch.no_grad():
         for layer in slot.layers:
-            ranks = [rank_for(each.config, layer.path) for each in family]
-            if reasons := [each for rank in ranks for each in pointless_rank(rank, layer.path, layer.module)]:
+            ranks = [rank_for(adapter.config, layer.path) for adapter in family]
+            if reasons := [reason for rank in ranks for reason in pointless_rank(rank, layer.path, layer.module)]:
                 return change, reasons
-            for tensor in (each for each in layer.tensors if each.rank_axis is not None):
+            for tensor in layer.tensors:
+                if tensor.rank_axis is None:
+                    continue
                 least = max([own_rank(layer.module, name, tensor), *ranks])
                 if target_rank is not None and target_rank < least:
                     path, label = layer.path, "the loaded adapter, or of one in `adapters`"
@@ -56,7 +60,7 @@ def rank_for(config: object, path: str) -> int:
 
 
 def _write_prepared(slot: Slot, journal: Journal) -> None:
-    """Turn scalings into tensors, because a compiled graph would take a Python number for a constant."""
+    """Turn scalings into tensors, because a compiled graph treats a Python number as a constant."""
     name = slot.adapter_name
     for layer in slot.layers:
         scaling, parameter = layer.module.__dict__.get("scaling", {}).get(name), layer.tensors[0].parameter

@@ -1,9 +1,9 @@
 """Swaps in parameters that are spread over several processes by tensor parallelism and FSDP2 (DTensors).
 
 A swap needs no communication. Each process reads the whole file, and writes its own shard of each tensor. All processes
-must make the same swap. They refuse the same swaps, since refusals depend only on state that is the same in all of them
-(config, shapes, placements). Some errors, such as one in reading a damaged file, may happen in one process alone. So
-the caller has to make the processes agree before anything is written::
+must make the same swap. They refuse the same swaps, because refusals depend only on state that all of them share
+(config, shapes, placements). Other errors, such as in reading a corrupt file, may happen in one process alone. So the
+caller has to make the processes agree before anything is written::
 
     try:
         plan = plan_hotswap(model, folder)
@@ -14,6 +14,8 @@ the caller has to make the processes agree before anything is written::
     dist.all_gather_object(answers, ok)
     if all(answers):
         commit(plan)
+
+Tests: ``tests/beyond/test_distributed.py``.
 """
 
 import functools
@@ -41,7 +43,7 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     """The memory that this process has of a parameter, all or a shard. Writing to it changes the parameter."""
     if not is_sharded(parameter):
         return parameter
-    # with gradients enabled, to_local() returns a new tensor with a history of its own
+    # with gradients enabled, to_local() returns a new tensor with its own history
     with torch.no_grad():
         return parameter.to_local()
 
@@ -60,7 +62,7 @@ def _spread(whole: torch.Tensor, like: DTensor) -> DTensor:
 
 
 class ShardedTensor(SlotTensor):
-    """A tensor that is spread over processes, each of which writes its own shard."""
+    """A tensor that is spread over processes. Each process writes its own shard."""
 
     is_shard: ClassVar[bool] = True
 
@@ -128,7 +130,8 @@ def spread(tensors: list[SlotTensor]) -> list[SlotTensor]:
     if not is_distributed():
         return tensors
     return [
-        _sharded(type(each))(**vars(each)) if ShardedTensor.holds(each.owner, each.name) else each for each in tensors
+        _sharded(type(tensor))(**vars(tensor)) if ShardedTensor.holds(tensor.owner, tensor.name) else tensor
+        for tensor in tensors
     ]
 
 
@@ -138,7 +141,7 @@ def holds_shards(model: torch.nn.Module) -> bool:
 
 
 def check_parallel_training(plan: Plan, layers: int, found: str) -> None:
-    """Refuse to change the trained parameters of a model in DDP, which averages the gradients of the old ones."""
+    """Refuse to change the trained parameters of a model in DDP, which averages gradients of the old ones."""
     if not is_distributed() or not any(parameter.requires_grad for parameter in plan.slot.parameters):
         return
     modules = plan.slot.host.root.modules()
@@ -153,14 +156,16 @@ def check_shards(plan: Plan) -> None:
     These are new shapes where FSDP has recorded the old ones, and magnitudes and biases that are frozen with their
     layer.
     """
-    resized = [each for each in plan.layers if each.action is Action.RESIZE]
-    if changed := resized + [each for each in plan.layers if each.action is Action.ADD]:
+    resized = [layer for layer in plan.layers if layer.action is Action.RESIZE]
+    if changed := resized + [layer for layer in plan.layers if layer.action is Action.ADD]:
         check_parallel_training(plan, len(changed), f"another shape at {changed[0].path}")
-    turned = [each for each in plan.layers if (each.settings is None) != (each.rank_before is None)]
-    if more := [each for each in turned if any(tensor.rank_axis is None for tensor in each.layer.tensors)]:
+    toggled = [layer for layer in plan.layers if (layer.settings is None) != (layer.rank_before is None)]
+    if more := [layer for layer in toggled if any(tensor.rank_axis is None for tensor in layer.layer.tensors)]:
         check_parallel_training(plan, len(more), f"a magnitude or bias to freeze or unfreeze at {more[0].path}")
     # FSDP has recorded the shapes
-    if fixed := [each for each in resized if any(_fsdp_keeper(one.owner, one.name) for one in each.layer.tensors)]:
+    if fixed := [
+        layer for layer in resized if any(_fsdp_keeper(part.owner, part.name) for part in layer.layer.tensors)
+    ]:
         before, after, path = fixed[0].rank_before, fixed[0].rank_after, fixed[0].path
         plan.refuse("sharded_rank", count=len(fixed), path=path, rank_before=before, rank_after=after)
 
@@ -176,10 +181,10 @@ def _fsdp_keeper(owner: torch.nn.Module, name: str) -> object | None:
         hotswap_adapter(model, "second")        # refused; without the record, it would write to the whole weight
         model(**inputs)                         # and the next reshard would discard it: the answer of "first", no error
 
-    FSDP has no public way to get from a parameter to its record, least of all from a module below the one that was
+    FSDP has no public way to get from a parameter to its record, in particular not from a module below the one that was
     sharded. But FSDP registers a hook on every owner of a parameter, to be called after a state dict was loaded. The
-    hook is a closure, and one of its cells holds the record, whose class is found by its name, ``FSDPParam``, since
-    that class is private. If PyTorch renames it, ``fsdp weights that are gathered are not written`` in
+    hook is a closure, and one of its cells holds the record. Its class is private, so it is found by its name,
+    ``FSDPParam``. If PyTorch renames it, ``fsdp weights that are gathered are not written`` in
     ``tests/beyond/test_distributed.py`` fails, as it does if this returns None.
     """
     for hook in owner._load_state_dict_post_hooks.values():
@@ -199,11 +204,11 @@ def give_shard(parameter: DTensor, fresh: DTensor, journal: Journal) -> None:
     clear_gradients([parameter], journal)
     old, part, spec = parameter.data, parameter._local_tensor, parameter._spec
     journal.record(lambda: _become(parameter, old, part, spec))
-    # as in `give_memory`, another dtype in between makes autograd forget the old shape
+    # as in `give_memory`, a different dtype in between makes autograd forget the old shape
     other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-    nothing = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)
-    for each in (nothing, fresh):
-        _become(parameter, each, each._local_tensor, each._spec)
+    empty = _spread(torch.empty([0] * fresh.ndim, dtype=other_dtype, device=local_part(fresh).device), fresh)
+    for tensor in (empty, fresh):
+        _become(parameter, tensor, tensor._local_tensor, tensor._spec)
 
 
 def _become(parameter: DTensor, other: DTensor, part: torch.Tensor, spec: object) -> None:

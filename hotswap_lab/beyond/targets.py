@@ -1,7 +1,9 @@
 """Targets: the live tensor that each key of an adapter's file is written to, as found by a fresh load.
 
-The next adapter with the same config differs only in the values of its tensors. They are copied to the known targets,
-and PEFT need not load that adapter.
+The next adapter with the same config differs only in its tensors' values. They are copied to the known targets, and
+PEFT doesn't load that adapter.
+
+Tests: ``tests/beyond/test_in_place.py`` and ``tests/beyond/test_every_method.py``.
 """
 
 import copy
@@ -30,7 +32,7 @@ MAY_DIFFER = (*PROVENANCE, "inference_mode")
 class Targets:
     """The target of each key of a file. They are valid as long as the model has the config ``in_model``."""
 
-    #: the config as it was read, and as it is in the model
+    #: the config as it was read, and its version in the model
     given: Mapping[str, object]
     in_model: PeftConfig | None
     #: by the keys of the file
@@ -45,13 +47,13 @@ class Targets:
         for name, (table, key, tensor) in self.tensors.items():
             if table.get(key) is not tensor or adapter.tensors[name].shape != tensor.shape:
                 return False
-        # the user may have changed scalings since, and a fresh load would restore them
+        # a fresh load would restore scalings that the user has changed
         is_kept = all(table.get(slot.adapter_name) == value for table, value in self.graft.scalars)
-        return is_kept and _what_it_is(adapter.config) == self.given
+        return is_kept and _compared_fields(adapter.config) == self.given
 
     def graft_of(self, adapter: Adapter) -> Graft:
         """A graft that writes only the adapter's tensors."""
-        layers = [replace(each, action=Action.COPY, rank_before=each.rank_after) for each in self.graft.layers]
+        layers = [replace(layer, action=Action.COPY, rank_before=layer.rank_after) for layer in self.graft.layers]
         graft = Graft(layers=layers, parameters=self.graft.parameters)
         graft.copies = [(target.tensor, adapter.tensors[name].detach()) for name, target in self.tensors.items()]
         return graft
@@ -66,12 +68,12 @@ class Targets:
 
 def keep_targets(slot: Slot, targets: Targets | None, config: PeftConfig, journal: Journal) -> None:
     """Store the targets of an adapter (None: unknown) on the base model; ``config`` is the one put into the model."""
-    noted, own = slot.host.base.__dict__, targets and replace(targets, in_model=config)
-    journal.set_item(noted, TARGETS, Uncopied({**noted.get(TARGETS, {}), slot.adapter_name: own}))
+    notes, own = slot.host.base.__dict__, targets and replace(targets, in_model=config)
+    journal.set_item(notes, TARGETS, Uncopied({**notes.get(TARGETS, {}), slot.adapter_name: own}))
 
 
 def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft) -> Targets | None:
-    """The targets of a freshly loaded adapter; None if the swap writes more than tensors, or if PEFT converts some."""
+    """The targets of a freshly loaded adapter; None if the swap writes more than tensors, or PEFT converts some."""
     is_more = fresh.base_values or (slot.config.peft_type == PeftType.ADALORA and not slot.config.inference_mode)
     if is_more or not graft.writes_values_only:
         return None
@@ -84,10 +86,10 @@ def find_targets(slot: Slot, adapter: Adapter, fresh: FreshAdapter, graft: Graft
         tensors[name] = target
     if len({id(target.tensor) for target in tensors.values()}) < len(tensors):
         return None
-    # without what would keep the fresh load alive
-    shown = replace(graft, copies=[], steps=[], scalings=[], target_of={}, base=BaseChange())
-    return Targets(_what_it_is(adapter.config), None, tensors, shown)
+    # without the references that would keep the fresh load alive
+    summary = replace(graft, copies=[], steps=[], scalings=[], target_of={}, base=BaseChange())
+    return Targets(_compared_fields(adapter.config), None, tensors, summary)
 
 
-def _what_it_is(config: PeftConfig) -> dict[str, object]:
+def _compared_fields(config: PeftConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key not in MAY_DIFFER}

@@ -19,7 +19,7 @@ A prepared model
     memory), ``prepare``.
 Others
     ``strength``; ``wrappers`` (the modules that PEFT puts around others); ``report`` (tables); ``loaded`` (what is in
-    a model now), ``log``.
+    a model now), ``log``; ``numerals`` (numbers in text).
 
 Core imports only ``hotswap_lab.compat`` from the rest of the package, and stands alone: it swaps adapters from memory
 that are plain LoRA. It refuses all others, which ``hotswap_lab.beyond`` takes up.

@@ -1,4 +1,7 @@
-"""Adapter: a config and named tensors, read and checked once, independent of any model."""
+"""Adapter: a config and named tensors, read and checked once, independent of any model.
+
+Tests: ``tests/core/test_swap.py`` and ``tests/core/test_plan.py``.
+"""
 
 from __future__ import annotations
 

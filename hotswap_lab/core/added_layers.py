@@ -3,6 +3,8 @@
 PEFT injects adapters into a whole model and changes it on the way. Here it gets a stand-in that has only the wanted
 modules. The result is finished LoRA layers around the model's own base layers, while the model itself stays
 untouched.
+
+Tests: ``tests/core/test_swap.py`` and ``tests/beyond/test_neighbours.py``.
 """
 
 import contextlib

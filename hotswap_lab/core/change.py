@@ -109,7 +109,7 @@ def together(journal: Journal | None = None) -> Iterator[None]:
         yield
     finally:
         _COLLECTED.reset(token)
-    apply([each for changes, _ in found for each in changes], journal, lambda: [log() for _, log in found if log])
+    apply([change for changes, _ in found for change in changes], journal, lambda: [log() for _, log in found if log])
 
 
 def _write(change: Change, journal: Journal) -> None:
@@ -170,14 +170,14 @@ def check_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
             # a tensor like it has the same strides if these leave no gaps
             if not is_contiguous and _strides(parameter) != torch.empty_like(_local(parameter), device="meta").stride():
                 raise _misfit(optimizer, "a parameter", parameter)
-            for name, each in [("gradient", parameter.grad), *optimizer.state.get(parameter, {}).items()]:
-                if not isinstance(each, torch.Tensor) or not each.dim() or each.is_sparse:
+            for name, value in [("gradient", parameter.grad), *optimizer.state.get(parameter, {}).items()]:
+                if not isinstance(value, torch.Tensor) or not value.dim() or value.is_sparse:
                     continue
-                if each.shape != shape:
-                    state, shape = tuple(each.shape), tuple(shape)
+                if value.shape != shape:
+                    state, shape = tuple(value.shape), tuple(shape)
                     raise refused("optimizer_of_another_shape", name=name, state=state, shape=shape)
-                if not (is_contiguous and each.is_contiguous()) and _strides(each) != _strides(parameter):
-                    raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", each)
+                if not (is_contiguous and value.is_contiguous()) and _strides(value) != _strides(parameter):
+                    raise _misfit(optimizer, f"{name} of a parameter with strides {_strides(parameter)},", value)
 
 
 def _local(tensor: Any) -> torch.Tensor:

@@ -3,6 +3,8 @@
 A compiled graph reads the adapter's tensors anew at each call, so it sees values that are written in place. Everything
 else (shapes, Python numbers, types of modules) is fixed in the graph and checked by guards. Two compiler settings break
 this: freezing copies weights into the graph, and without its guards a graph goes on with old numbers.
+
+Tests: ``tests/core/test_compiled_swaps.py``.
 """
 
 import contextlib

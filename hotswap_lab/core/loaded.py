@@ -60,8 +60,8 @@ class Loaded:
     source, revision:
         The folder or Hub id that it was read from, and the commit on the Hub: the weights in the model are compared
         with the file, or with the weights that a pool has packed. ``"a state dict"`` for tensors from memory, which
-        can't be compared later. ``"unknown"`` for an adapter that PEFT loaded or that was trained after the swap, and
-        if the file is gone, has other weights now, or the model is spread over processes.
+        can't be compared later. ``"unknown"`` for an adapter that PEFT loaded or that was trained after the swap, if
+        the file is gone, has other weights now, or the model is spread over processes.
     when:
         When a swap put it in, or the rows were assigned; None if the source is unknown.
     file:

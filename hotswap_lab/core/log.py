@@ -1,4 +1,7 @@
-"""The log: one record for each swap, refusal and preparation."""
+"""The log: one record for each swap, refusal and preparation.
+
+Tests: ``tests/core/test_loaded.py``.
+"""
 
 import contextlib
 import dataclasses

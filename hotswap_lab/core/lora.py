@@ -1,6 +1,8 @@
 """LoRA as PEFT loads it: the layers that a config targets, and the values that are set on them.
 
 Follows ``peft.tuners.lora``: ``LoraModel._create_and_replace`` and ``LoraLayer.update_layer``.
+
+Tests: ``tests/core/test_plan.py`` and ``tests/core/test_lora_alone.py``.
 """
 
 import pickle

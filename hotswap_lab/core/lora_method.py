@@ -1,6 +1,8 @@
 """Plain LoRA as a method: its tensors on a layer, and the configs and layers that need more than it knows.
 
 What it refuses, ``hotswap_lab.beyond`` takes up.
+
+Tests: ``tests/core/test_lora_alone.py``.
 """
 
 from collections.abc import Callable, Iterator, Sequence

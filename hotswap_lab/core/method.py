@@ -1,4 +1,7 @@
-"""Method: the interface to one of PEFT's methods. A slot holds the method of its adapter."""
+"""Method: the interface to one of PEFT's methods. A slot holds the method of its adapter.
+
+Tests: ``tests/core/test_lora_alone.py`` and ``tests/beyond/test_every_method.py``.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -119,8 +119,6 @@ class Plan:
     slot: Slot
     adapter: Adapter
     config: Config
-    #: makes the change to write; called only if nothing was refused
-    change_maker: Callable[[Plan], Change]
     #: the compiled modules and functions in the model
     compiled: list[object]
     add_layers: bool = False
@@ -139,7 +137,7 @@ class Plan:
     #: the error that caused a refusal
     cause: Exception | None = None
     #: the :attr:`answer` at the time the plan was made, if it is kept for a later commit
-    told: tuple[object, ...] | None = None
+    first_answer: tuple[object, ...] | None = None
 
     def refuse(self, which: str, /, **values: object) -> None:
         """Add a reason against the swap."""
@@ -162,21 +160,48 @@ class Plan:
         return False not in self.prepared
 
     def kept(self) -> Plan:
-        """This plan, with its answer noted. A later commit refuses it if the answer has changed by then."""
-        self.told = self.answer
+        """Return this plan, with its answer noted. A later commit refuses it if the answer has changed by then."""
+        self.first_answer = self.answer
         return self
 
     def change(self) -> Change:
-        """The change to write, allocated next to the model."""
+        """Return the change to write, allocated next to the model. Call it only if nothing was refused."""
         adapter, noted = self.adapter, vars(self.config)
         noted[ORIGIN], noted[WHEN] = (adapter.source, adapter.revision, adapter.file), time.time()
         with self.slot.write_mode(), torch.no_grad():
-            return self.change_maker(self)
+            return self.build_change()
+
+    def build_change(self) -> Change:
+        """Build the change: in the room if all layers have one, or else tensor by tensor."""
+        slot, room = self.slot, self.slot.room
+        adds = Action.ADD in [layer.action for layer in self.layers]
+        if room is not None and not adds:
+            change = room.change_without_weights([layer.settings for layer in self.layers], self.config)
+            for layer in self.layers:
+                room.write(layer.layer, layer.rank_after, layer.sources, change)
+            return change
+        # the slot lacks the layers that are added, so it has to be looked for again afterwards
+        change = begin_change(slot, self.config, None if adds else slot)
+        if (left := room_left_by(slot)) is not None:
+            change.steps.append(partial(left.unpatch_layers, is_lost=room is None))
+        tables, scalings, added = [], [], []
+        for layer in self.layers:
+            for target, source in zip(layer.layer.tensors, layer.sources, strict=True):
+                target.write(source, change, layer.action is Action.PAD)
+            if layer.settings is not None:
+                tables.append(layer.layer.module.scaling)
+                scalings.append(layer.settings.scaling)
+            if layer.action is Action.ADD:
+                added.append(partial(attach, slot, layer.layer))
+        change.steps.append(partial(_write_layers, self))
+        write_scalings(change, tables, slot.adapter_name, scalings)
+        change.steps += added
+        return change
 
     @property
     def answer(self) -> tuple[object, ...]:
         """The report that the user saw, and the state that it is about, in a form that can be compared."""
-        layers = [(each.path, each.action, each.rank_before, each.settings) for each in self.layers]
+        layers = [(layer.path, layer.action, layer.rank_before, layer.settings) for layer in self.layers]
         writes = [] if self.slot.is_inference else [parameter._version for parameter in self.slot.parameters]
         return str(self), layers, writes, self.config.to_dict()
 
@@ -203,7 +228,7 @@ class Plan:
             return False
         # in a room, no setting is a constant of a graph
         return self.slot.room is not None or not any(
-            changes(each.layer.module, name, each.settings) for each in self.layers
+            changes(layer.layer.module, name, layer.settings) for layer in self.layers
         )
 
     @property
@@ -254,37 +279,11 @@ class Plan:
         return html_table(self.title, head, self.rows, caption=self.verdict, above=above, notes=self.notes)
 
 
-# ---- what a plan writes, layer by layer
-
-
-def change_layer_by_layer(plan: Plan) -> Change:
-    """The change for a plan: in the room if all layers have one, or else tensor by tensor."""
-    slot, room = plan.slot, plan.slot.room
-    adds = Action.ADD in [layer.action for layer in plan.layers]
-    if room is not None and not adds:
-        change = room.change_without_weights([layer.settings for layer in plan.layers], plan.config)
-        for each in plan.layers:
-            room.write(each.layer, each.rank_after, each.sources, change)
-        return change
-    # the slot lacks the layers that are added, so it has to be looked for again afterwards
-    change = begin_change(slot, plan.config, None if adds else slot)
-    if (left := room_left_by(slot)) is not None:
-        change.steps.append(partial(left.unpatch_layers, is_lost=room is None))
-    for each in plan.layers:
-        for target, source in zip(each.layer.tensors, each.sources, strict=True):
-            target.write(source, change, each.action is Action.PAD)
-    on = [(each.layer.module.scaling, each.settings.scaling) for each in plan.layers if each.settings is not None]
-    change.steps.append(partial(_write_layers, plan))
-    write_scalings(change, [table for table, _ in on], slot.adapter_name, [scaling for _, scaling in on])
-    change.steps += [partial(attach, slot, each.layer) for each in plan.layers if each.action is Action.ADD]
-    return change
-
-
 def _write_layers(plan: Plan, journal: Journal) -> None:
-    slot, layers = plan.slot, [each.layer for each in plan.layers]
+    slot, layers = plan.slot, [layer.layer for layer in plan.layers]
     clear_gradients(slot.parameters, journal)
     # layers that are added come last, without an entry in `prepared`
     for layer, is_fixed in zip(layers, plan.prepared, strict=False):
         if is_fixed:
             mark(layer.module, PREPARED_ATTRIBUTE, slot.adapter_name, True, journal)
-    write_settings(slot, layers, [each.settings for each in plan.layers], journal)
+    write_settings(slot, layers, [layer.settings for layer in plan.layers], journal)

@@ -21,7 +21,7 @@ from .loaded import FITS, with_bases
 from .lora_method import Lora
 from .memory import conflicting_writes, overlaps_in, overwritten, own_tensors
 from .method import Method
-from .plan import Action, LayerPlan, Plan, change_layer_by_layer
+from .plan import Action, LayerPlan, Plan
 from .settings import settings_for
 from .slot import Expected, Slot, SlotLayer, copy_of, expected_of, own_keys_of
 from .tensors import are_interchangeable
@@ -61,7 +61,9 @@ def misfits(slot: Slot, adapter: Adapter, in_graph: bool = False) -> list[Refusa
     if not in_graph:
         return [*slot.method.judge(new, "new")]
     # one of a family: which one?
-    return [replace(each, found=f"{adapter.label}: {each.found}") for each in slot.method.judge(new, "new", loaded)]
+    return [
+        replace(judged, found=f"{adapter.label}: {judged.found}") for judged in slot.method.judge(new, "new", loaded)
+    ]
 
 
 def check_configs(plan: Plan) -> None:
@@ -111,7 +113,7 @@ def keep_sources_apart(plan: Plan) -> None:
     if adapter.is_folder or not (own := own_tensors(slot, adapter.tensors)):
         return
     plan.refusals += overwritten(slot, own)
-    copies = {key: each.detach().clone() for key, each in own.items()}
+    copies = {key: tensor.detach().clone() for key, tensor in own.items()}
     plan.adapter = replace(adapter, tensors={**adapter.tensors, **copies})
 
 
@@ -125,8 +127,8 @@ def plan_layers(plan: Plan) -> None:
     """Plan all layers of the slot, and put the tensors that none of them takes into ``plan.unknown``."""
     slot, tensors = plan.slot, _by_own_key(plan, plan.adapter.tensors, plan.slot.own_keys)
     expected = slot.once_for(plan.config, expected_of)
-    for layer, each, before, prepared in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
-        _plan_layer(plan, tensors, layer, each, before, Action.PAD if prepared else Action.RESIZE)
+    for layer, wanted, before, prepared in zip(slot.layers, expected, plan.ranks_before, plan.prepared, strict=True):
+        _plan_layer(plan, tensors, layer, wanted, before, Action.PAD if prepared else Action.RESIZE)
     plan.unknown = tensors
 
 
@@ -230,16 +232,16 @@ def _add_layers(plan: Plan, paths: list[str]) -> None:
 @only_for(overlaps_in)
 def keep_targets_apart(plan: Plan) -> None:
     """Refuse different values for tensors that overlap in the model."""
-    planned = {tensor: each for each in plan.layers for tensor in each.layer.tensors}
+    planned = {tensor: layer for layer in plan.layers for tensor in layer.layer.tensors}
     for group in overlaps_in(plan.slot):
         values: dict[torch.nn.Parameter, torch.Tensor] = {}
         differ = False
         for tensor in group:
             value = tensor.parameter.detach()  # another adapter's, which two that were loaded from one dict share
-            if each := planned.get(tensor):
-                source = each.sources[each.layer.tensors.index(tensor)]
+            if layer := planned.get(tensor):
+                source = layer.sources[layer.layer.tensors.index(tensor)]
                 value = torch.zeros_like(value) if source is None else source
-                if each.action is Action.PAD:
+                if layer.action is Action.PAD:
                     value = tensor.padded(value, tensor.capacity)
             differ |= not are_interchangeable(values.setdefault(tensor.parameter, value), value)
         # a parameter that changes its shape gets memory of its own
@@ -253,9 +255,9 @@ def check_capacity(plan: Plan) -> None:
     """Refuse ranks that a prepared layer has no room for, all of them in one refusal."""
     if not (padded := [layer for layer in plan.layers if layer.action is Action.PAD]):
         return
-    ranks = [(each.rank_after or 0, each.layer.tensors[0].capacity or 0, each.path) for each in padded]
-    if lacking := [each for each in ranks if each[0] > each[1]]:
-        highest, room, path = max(lacking, key=lambda each: each[0])
+    ranks = [(layer.rank_after or 0, layer.layer.tensors[0].capacity or 0, layer.path) for layer in padded]
+    if lacking := [rank for rank in ranks if rank[0] > rank[1]]:
+        highest, room, path = max(lacking, key=lambda rank: rank[0])
         plan.refuse("rank_above_room", count=len(lacking), highest=highest, path=path, room=room)
 
 
@@ -341,15 +343,15 @@ def make_plan(
         Original values of base weights that the loaded adapter has overwritten, by name.
     """
     compiled = compiled_in(slot.host.root, slot.modules)
-    plan = Plan(slot, adapter, adapter.config, change_layer_by_layer, compiled, add_layers, check_targets, base_weights)
+    plan = Plan(slot, adapter, adapter.config, compiled, add_layers, check_targets, base_weights)
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    for each in passes:
-        applies = getattr(each, "only_for", None)
+    for one_pass in passes:
+        applies = getattr(one_pass, "only_for", None)
         if applies is None or slot.once(applies, is_distributed):
-            plan = each(plan) or plan
+            plan = one_pass(plan) or plan
         if plan.is_decided:
             break
     if plan.refusals:
         plan.refusals[:] = with_bases(slot, adapter.config, plan.refusals)
-        plan.notes[:] = [each.removesuffix(FITS) for each in plan.notes]
+        plan.notes[:] = [note.removesuffix(FITS) for note in plan.notes]
     return plan

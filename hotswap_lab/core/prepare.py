@@ -73,23 +73,23 @@ def changes_to_prepare(
         changes.append(change)
         refusals += reasons
         # in a room, the parameters would no longer be the caller's tensors, and nothing would show it
-        refusals += [each for adapter in family for each in overwritten(slot, adapter.tensors)]
+        refusals += [reason for adapter in family for reason in overwritten(slot, adapter.tensors)]
     if not changes:
         raise refused("nothing_to_prepare", name=type(model).__name__)
     if refusals:
         raise HotswapError(*refusals)
-    if any(each.copies or each.resizes or each.sizes or each.steps or each.last_steps for each in changes):
+    if any(change.copies or change.resizes or change.sizes or change.steps or change.last_steps for change in changes):
         check_not_compiled(model, check_compiled)
     return changes
 
 
 def raise_ranks(model: torch.nn.Module, given: Iterable[Config], target_rank: int, journal: Journal) -> None:
     """Set the ranks of the given configs, as PEFT does; but not of the model's own, which describe its adapter."""
-    live = [id(each) for host in carriers(model) for each in host.configs.values()]
-    for each in given:
-        if id(each) not in live:
-            journal.set_attribute(each, "r", target_rank)
-            journal.set_attribute(each, "rank_pattern", dict.fromkeys(each.rank_pattern, target_rank))
+    live = [id(config) for host in carriers(model) for config in host.configs.values()]
+    for config in given:
+        if id(config) not in live:
+            journal.set_attribute(config, "r", target_rank)
+            journal.set_attribute(config, "rank_pattern", dict.fromkeys(config.rank_pattern, target_rank))
 
 
 def check_not_compiled(
@@ -128,11 +128,11 @@ def _space_in(
 ) -> tuple[dict[str, int], list[Refusal]]:
     """The rank to make room for, by the path of a layer that the LoRA slot has or lacks; and the refusals."""
     refusals = [*slot.method.judge(slot.config, "loaded")]
-    refusals += [refusal("layer_not_preparable", path=each.path, reason=why) for each, why in slot.obstacles[:1]]
+    refusals += [refusal("layer_not_preparable", path=layer.path, reason=why) for layer, why in slot.obstacles[:1]]
     if strange := set(slot.method.extra_state(slot.config)) - BESIDE_LORA:
         allowed = ", ".join(sorted(BESIDE_LORA))
         refusals.append(refusal("loaded_not_preparable", strange=", ".join(sorted(strange)), allowed=allowed))
-    refusals = refusals or [each for adapter in family for each in _misfits(slot, adapter)]
+    refusals = refusals or [reason for adapter in family for reason in _misfits(slot, adapter)]
     if refusals:
         return {}, refusals
     own = {layer.path: rank or 0 for layer, rank in zip(slot.layers, ranks_before(slot), strict=True)}
@@ -157,7 +157,7 @@ def _space_in(
 def _misfits(slot: Slot, adapter: Adapter) -> Iterator[Refusal]:
     """The reasons why an adapter can't share a graph with the loaded one."""
     yield from (refusals := misfits(slot, adapter, in_graph=True))
-    forms = [_form_of_extra_state(slot, each) for each in (slot.config, adapter.config)]
+    forms = [_form_of_extra_state(slot, config) for config in (slot.config, adapter.config)]
     if not refusals and forms[0] != forms[1]:
         yield refusal("member_of_another_form", loaded=forms[0], new=forms[1], label=adapter.label)
 

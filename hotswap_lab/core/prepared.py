@@ -6,6 +6,8 @@ whole new tables to ``layer.scaling``; here, all of these become new values in t
 
 A layer that the new adapter lacks stays in the model, filled with zeros; so do the components beyond an adapter's own
 rank. So there are two marks: that an adapter is off, and that its rank is below its tensors'.
+
+Tests: ``tests/core/test_prepare.py`` and ``tests/core/test_compiled_swaps.py``.
 """
 
 import copy

@@ -43,7 +43,7 @@ class State:
     def scalings(self) -> torch.Tensor:
         """The scaling of each layer as trained; 0 where it is off."""
         with torch.inference_mode(False):
-            values = [each.scaling if each else 0.0 for each in self.settings]
+            values = [own.scaling if own else 0.0 for own in self.settings]
             return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     @cached_property
@@ -54,18 +54,18 @@ class State:
     @cached_property
     def ranks(self) -> list[int | None]:
         """The rank on each layer; None where it is off."""
-        return [each and each.rank for each in self.settings]
+        return [own and own.rank for own in self.settings]
 
     @cached_property
     def on(self) -> list[bool]:
         """Whether the adapter is on each layer."""
-        return [each is not None for each in self.settings]
+        return [own is not None for own in self.settings]
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
         """The settings of all layers that are on, by the name of the setting."""
-        fields, on = dataclasses.fields(LayerSettings), [each for each in self.settings if each is not None]
-        return {field.name: [getattr(each, field.name) for each in on] for field in fields}
+        fields, on = dataclasses.fields(LayerSettings), [own for own in self.settings if own is not None]
+        return {field.name: [getattr(own, field.name) for own in on] for field in fields}
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,12 +209,12 @@ class Room:
 
     def scaling(self, index: int, device: torch.device) -> torch.Tensor:
         """The scaling of a layer on a device, of shape (1, 1)."""
-        return next(each[index : index + 1, :1] for each in self.scalings if each.device == device)
+        return next(scalings[index : index + 1, :1] for scalings in self.scalings if scalings.device == device)
 
     def components_for(self, state: State) -> tuple[list[int], list[int]]:
         """For each band, the number of components that an adapter fills in all tensors, and in any of them."""
         layers = zip(self.slot.layers, state.settings, strict=True)
-        rank_of = {tensor: each.rank if each else 0 for layer, each in layers for tensor in layer.tensors}
+        rank_of = {tensor: own.rank if own else 0 for layer, own in layers for tensor in layer.tensors}
         filled, taken = [], []
         for band in self.bands:
             ranks, is_tail = [rank_of.get(span.tensor, 0) for span in band.spans], band.memory.dim() == 1
@@ -333,8 +333,8 @@ def build_room(
     for tensor in (*ranks, *extra):
         key = tensor.parameter.dtype, tensor.parameter.device
         groups.setdefault(key, []).append((tensor, tensor.shape_for(ranks.get(tensor))))
-    bands = [band for each in groups.values() for band in kind.new_bands(each, like=each[0][0].parameter.detach())]
-    on = {each for each in capacity if each not in reserved and not is_off(each.module, name, each.tensors)}
+    bands = [band for group in groups.values() for band in kind.new_bands(group, like=group[0][0].parameter.detach())]
+    on = {layer for layer in capacity if layer not in reserved and not is_off(layer.module, name, layer.tensors)}
     settings = [settings_of(layer.module, name) if layer in on else None for layer in capacity]
     with torch.inference_mode(False):
         devices = dict.fromkeys(device for _, device in groups)

@@ -8,6 +8,7 @@ adapters called ``a``, ``lora`` or ``default_0`` can't be mistaken for one anoth
 from __future__ import annotations
 
 import copy
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,8 +30,15 @@ T = TypeVar("T")
 
 #: the attribute of a base model with its slots as the last swaps left them, by adapter name
 SLOTS = "hotswap_slots"
-#: how many results a slot remembers for configs
-MOST_KNOWN = 512
+#: how many results a slot remembers that end with its modules, many of which are for one config each
+MOST_RESULTS = 512
+
+
+class Ends(enum.Enum):
+    """When a result that a slot remembers is no longer valid."""
+
+    MODULES = "when a module or a parameter of the model is replaced"
+    MEMORY = "then, and when a parameter gets other memory"
 
 
 @dataclass(eq=False)
@@ -74,11 +82,12 @@ class Slot:
     room: Any = None
     #: tables of modules and parameters, each with a name in it and the entry there: see :meth:`record_links`
     _links: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list, init=False, repr=False)
-    #: the results of :meth:`once_for`
-    _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
-    #: the results of :meth:`once`, and the addresses of the parameters at that time
-    _facts: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    #: the addresses of the parameters when they were last looked at
     _addresses: list[int] = field(default_factory=list, init=False, repr=False)
+    #: the results that are remembered, by the time at which they end
+    _results: dict[Ends, dict[object, Any]] = field(
+        default_factory=lambda: {ends: {} for ends in Ends}, init=False, repr=False
+    )
 
     @property
     def config(self) -> Config:
@@ -106,7 +115,7 @@ class Slot:
         Its tensors must then be written in inference mode. Tensors made in it would make any other model untrainable.
         """
         # prompts are in no layer; then the model's own weights decide
-        return True in [each.is_inference() for each in self.parameters or self.host.carrier.parameters()]
+        return True in [parameter.is_inference() for parameter in self.parameters or self.host.carrier.parameters()]
 
     def write_mode(self) -> torch.inference_mode:
         """Inference mode if the adapter was loaded in it, and normal mode if not, regardless of the caller's mode."""
@@ -119,14 +128,21 @@ class Slot:
 
     # ---- whether everything is where it was found
 
-    @cached_property
+    @property
     def walk(self) -> list[tuple[str, torch.nn.Module]]:
         """The base model and all of its modules with their paths, except for the adapters' own modules."""
-        return modules_in(self.host.base)
+        results = self._results[Ends.MODULES]
+        if "walk" not in results:
+            results["walk"] = modules_in(self.host.base)
+        return results["walk"]
 
-    @cached_property
+    @property
     def modules(self) -> list[torch.nn.Module]:
         return [module for _, module in self.walk]
+
+    def forget(self, *ends: Ends) -> None:
+        """Forget the results that end now. Their tables are replaced, because another thread may be reading them."""
+        self._results = self._results | {end: {} for end in ends}
 
     def record_links(self) -> None:
         """Note where everything is, for :meth:`is_in_place` to compare with."""
@@ -148,20 +164,17 @@ class Slot:
         for table, name, entry in self._links:
             if table.get(name) is not entry:
                 return self._is_elsewhere_in_place()
-        if self.room is None and (addresses := self._addresses_now()) != self._addresses:
-            self._facts, self._addresses = {}, addresses
+        if self.room is None and (addresses := list(map(torch.Tensor.data_ptr, self.parameters))) != self._addresses:
+            self.forget(Ends.MEMORY)
+            self._addresses = addresses
         return True
-
-    def _addresses_now(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self.parameters))
 
     def _is_elsewhere_in_place(self) -> bool:
         # another module may have been put into the model, or a wrapper around a part that was compiled since
         now = slot_in(self.methods, self.host, self.adapter_name)
         if now._by_module() != self._by_module():
             return False
-        self.walk, self.modules = now.walk, now.modules
-        self._known, self._facts = {}, {}
+        self._results = now._results
         self.record_links()
         return True
 
@@ -191,23 +204,22 @@ class Slot:
         return [layer.module.merged_adapters for layer in self.layers]
 
     def once_for(self, config: Config, work_out: Callable[[Slot, Config], T]) -> T:
-        """The result of ``work_out``, computed once for each config and remembered for some of them."""
+        """Return ``work_out(self, config)``, remembered for equal configs until modules are replaced."""
         if (fingerprint := lora.fingerprint(config)) is None:
             return work_out(self, config)
-        # plans are made without a lock, so another thread may replace the table meanwhile
-        key, known = (work_out, fingerprint), self._known
-        if key not in known:
-            if len(known) >= MOST_KNOWN:
-                self._known = known = {}
-            known[key] = work_out(self, config)
-        return known[key]
+        if len(self._results[Ends.MODULES]) >= MOST_RESULTS:
+            self.forget(Ends.MODULES)
+        key, results = (work_out, fingerprint), self._results[Ends.MODULES]
+        if key not in results:
+            results[key] = work_out(self, config)
+        return results[key]
 
     def once(self, work_out: Callable[..., T], *arguments: object) -> T:
-        """The result of ``work_out(self, *arguments)``, computed once for these modules and addresses."""
-        key, facts = (work_out, arguments), self._facts
-        if key not in facts:
-            facts[key] = work_out(self, *arguments)
-        return facts[key]
+        """Return ``work_out(self, *arguments)``, remembered until modules are replaced or memory is moved."""
+        key, results = (work_out, arguments), self._results[Ends.MEMORY]
+        if key not in results:
+            results[key] = work_out(self, *arguments)
+        return results[key]
 
     def data_ptrs(self) -> list[int]:
         """The memory address of each tensor. A swap that keeps the ranks leaves them as they are.
@@ -249,7 +261,9 @@ def expected_of(slot: Slot, config: Config, layers: Sequence[SlotLayer] | None =
     alike = None if any(getattr(config, pattern) for pattern in PATTERNS) else settings_for(config, "")
     for layer in slot.layers if layers is None else layers:
         settings, tensors = alike or settings_for(config, layer.path), layer.tensors
-        shapes = None if settings.rank % tensors[0].rank_step else [each.shape_for(settings.rank) for each in tensors]
+        shapes = (
+            None if settings.rank % tensors[0].rank_step else [tensor.shape_for(settings.rank) for tensor in tensors]
+        )
         expected.append(Expected(settings, is_targeted(config, layer.path), shapes))
     return expected
 
@@ -309,7 +323,7 @@ def keep_slot(slot: Slot, after: Slot | None, journal: Journal) -> None:
             after.record_links()
         # memory that a swap gives to a parameter is its own, so what was known of it still holds
         if after.room is None:
-            after._addresses = after._addresses_now()
+            after._addresses = list(map(torch.Tensor.data_ptr, after.parameters))
     noted = slot.host.base.__dict__
     journal.set_item(noted, SLOTS, Uncopied({**noted.get(SLOTS, {}), slot.adapter_name: after}))
 
@@ -351,7 +365,7 @@ def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
     """Find everything in a model that belongs to an adapter. The first method that takes its config is used."""
     if adapter_name not in host.configs:
         find_host(host.root, adapter_name)  # raises
-    method = next(each for each in methods if each.takes(host.configs[adapter_name]))
+    method = next(method for method in methods if method.takes(host.configs[adapter_name]))
     found: dict[torch.nn.Module, tuple[tuple[SlotTensor, ...], list[str]]] = {}
     for path, module in (walk := modules_in(host.base)):
         if module in found:
@@ -360,5 +374,5 @@ def slot_in(methods: Sequence[Method], host: Host, adapter_name: str) -> Slot:
             found[module] = tuple(tensors), [path]
     layers = [SlotLayer(first, module, own, tuple(others)) for module, (own, (first, *others)) in found.items()]
     slot = Slot(methods, adapter_name, host, method, tuple(layers))
-    slot.walk = walk
+    slot._results[Ends.MODULES]["walk"] = walk
     return slot

@@ -167,12 +167,12 @@ def strange_padding(layer: Any, adapter_name: str, tensor: SlotTensor, of_lora: 
     if rank == tensor.capacity or tensor.is_shard or parameter.is_meta or not tensor.padding(parameter, rank).any():
         return None
     fault = f"has rank {rank}, but the padding of its {tensor.key} is not zero, {DIFFERS}"
-    cause = "An optimizer that still has the state of an earlier adapter does this: make a new one after a swap."
-    return f"The adapter {adapter_name!r} {fault}. {cause}"
+    advice = "Make a new optimizer after a swap, because one with the state of an earlier adapter writes there."
+    return f"The adapter {adapter_name!r} {fault}. {advice}"
 
 
 def _trained_while_off(adapter_name: str, tensor: SlotTensor, of_lora: Sequence[SlotTensor]) -> str | None:
-    """Return a warning if a magnitude or bias was trained while its layer is off: PEFT's ``set_adapter`` allows it."""
+    """Return a warning if a magnitude or bias was trained while off: PEFT's ``set_adapter`` unfreezes it."""
     if tensor.rank_axis is not None or not of_lora or tensor.is_shard or tensor.is_zero:
         return None
     if not all(other.is_zero for other in of_lora if other.rank_axis is not None):

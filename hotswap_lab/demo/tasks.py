@@ -1,8 +1,9 @@
 """The tasks of the embedded model and its adapters: one word in, one word out.
 
-A sample is the text ``word + ">" + answer``. The base model copies (``hello>hello``); every demo adapter
-teaches it another task. Each task is a plain Python function, so its right answer is always known and any
-output of the model can be checked.
+A sample is the text ``word + ">" + answer``. The base model copies (``hello>hello``), and each demo adapter teaches it
+a different task. Each task is a plain Python function, so every output of the model can be checked.
+
+Tests: ``tests/demo/test_demo.py``.
 """
 
 import random
@@ -66,7 +67,7 @@ TASKS: dict[str, Callable[[str], str]] = {
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a word belongs to the eighth of all words that training never uses."""
+    """Whether a word belongs to the eighth of all words that isn't used in training."""
     return zlib.crc32(word.encode()) % 8 == 0
 
 

@@ -1,7 +1,7 @@
-"""Pictures as plain SVG, which are shown without a kernel, a network or a plotting library.
+"""Pictures as plain SVG, which need no kernel, network or plotting library.
 
-Every picture is drawn on a light card. As an image on a dark page, its colors have the other lightness: the card is
-dark, and what is darkest on a light page is lightest. It has a text form for screen readers and terminals.
+Every picture is drawn on a light card. On a dark page, an image's lightness is inverted: the card is dark, and the
+darkest parts are the lightest. Each picture has a text alternative for screen readers and terminals.
 """
 
 import html
@@ -14,16 +14,16 @@ from typing import Any
 from .palette import BASE, CARD, INK, OURS, PEFT
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
-#: the style of a picture that a page shows as an image; such an image doesn't know the page's own theme
+#: the style of a picture that is shown as an image, which can't read the page's own theme
 DARK = (Path(__file__).parent / "pictures" / "dark.html").read_text("utf-8")
 DASHED = " stroke-dasharray='4 3'"
-#: how a text looks, unless it is said otherwise
+#: the default style of a text
 TEXT = dict(size=13, anchor="middle", color=INK, turned=0, bold=False)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its text form, displayed in a notebook.
+    """A picture with its text alternative, displayed in a notebook.
 
     >>> print(Figure("<svg></svg>", "a picture of nothing"))
     a picture of nothing
@@ -64,15 +64,15 @@ class Canvas:
         self.shapes: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False) -> None:
-        dash, place = DASHED if dashed else "", f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}'"
+        place, dash = f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}'", DASHED if dashed else ""
         self.shapes.append(f"<rect {place} rx='4' fill='{fill}' stroke='{INK}' stroke-width='1'{dash}/>")
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Add a text, in the style of ``TEXT`` or another one; ``turned`` by so many degrees."""
-        size, anchor, color, turned, bold = (TEXT | style).values()  # a misspelled name would be one too many
-        turn = f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
-        turn += " font-weight='bold'" if bold else ""
-        look = f"font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}{turn}"
+        """Add a text. ``style`` overrides ``TEXT``; ``turned`` is in degrees."""
+        size, anchor, color, turned, bold = (TEXT | style).values()  # raises if a name is misspelled
+        look = f"font-size='{size}' text-anchor='{anchor}' fill='{color}' {FONT}"
+        look += f" transform='rotate({turned} {x:g} {y:g})'" if turned else ""
+        look += " font-weight='bold'" if bold else ""
         self.shapes.append(f"<text x='{x:g}' y='{y:g}' {look}>{html.escape(text)}</text>")
 
     def line(
@@ -88,7 +88,7 @@ class Canvas:
 
 
 def area(x: float, y: float, width: float, height: float, more: float = 0) -> str:
-    """The attributes of a rectangle, which is ``more`` pixels larger at each side."""
+    """Return the attributes of a rectangle, enlarged by ``more`` pixels at each side."""
     sizes = x - more, y - more, width + 2 * more, height + 2 * more
     return " ".join(f"{name}='{size:.5g}'" for name, size in zip(("x", "y", "width", "height"), sizes, strict=True))
 
@@ -101,7 +101,7 @@ def bars(title: str, values: Mapping[str, float], unit: str, base: Collection[st
     Parameters
     ----------
     base:
-        Labels of what the others are compared with; their bars are gray.
+        Labels of the references for a comparison, whose bars are gray.
     """
     left, right, row, top = 220, 90, 34, 48
     canvas = Canvas(660, top + row * len(values) + 14)
@@ -110,12 +110,13 @@ def bars(title: str, values: Mapping[str, float], unit: str, base: Collection[st
     for number, (label, value) in enumerate(values.items()):
         y = top + row * number
         canvas.text(left - 10, y + 18, label, anchor="end")
-        fill = BASE if label in base else PEFT if label.startswith("PEFT") else OURS
-        canvas.box(left, y + 3, max(value * scale, 1), 22, fill)
+        ours_or_peft = PEFT if label.startswith("PEFT") else OURS
+        canvas.box(left, y + 3, max(value * scale, 1), 22, BASE if label in base else ours_or_peft)
         canvas.text(left + value * scale + 8, y + 18, _with_unit(value, unit), anchor="start")
-    listed = ", ".join(f"{label} {_with_unit(value, unit)}" for label, value in values.items())
-    return canvas.figure(f"{title}: {listed}")
+    texts = [f"{label} {_with_unit(value, unit)}" for label, value in values.items()]
+    return canvas.figure(f"{title}: {', '.join(texts)}")
 
 
 def _with_unit(value: float, unit: str) -> str:
-    return f"{value:.3g} {unit.removesuffix('s') if value == 1 and len(unit) > 2 else unit}"
+    is_singular = value == 1 and len(unit) > 2  # shorter ones, such as "ms", are abbreviations
+    return f"{value:.3g} {unit.removesuffix('s') if is_singular else unit}"

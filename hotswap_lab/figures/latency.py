@@ -1,4 +1,7 @@
-"""A picture of calls over time: how long each took, and which of them compiled."""
+"""A picture of calls over time: the duration of each, and those that compiled.
+
+Tests: ``tests/figures/test_figures.py``.
+"""
 
 import itertools
 import math
@@ -9,7 +12,7 @@ from typing import Any
 from . import Canvas, Figure
 from .palette import ACTIVE, BASE, INK, MUTED, WHITE, WRONG
 
-#: what a call is drawn as: its name in the legend, its color, and a path around the point where it is
+#: the drawing of a kind of call: its name in the legend, its color, and a path around its position
 MARKS = {
     "call": ("a call", BASE, "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0 z"),
     "compile": ("first compile", WHITE, "m-5 -5 h10 v10 h-10 z"),
@@ -18,7 +21,7 @@ MARKS = {
 
 
 def readable(seconds: float) -> str:
-    """A time in the unit that fits.
+    """Format a time in s or ms.
 
     >>> readable(2.0), readable(0.0123), readable(0.0000456)
     ('2 s', '12.3 ms', '0.0456 ms')
@@ -26,28 +29,29 @@ def readable(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
 
 
-def strip(what: str, seconds: Sequence[float]) -> str:
-    """The last of some times, and their median with a dot for each on a line from 0, as HTML.
+def strip(label: str, seconds: Sequence[float]) -> str:
+    """Return the last of some times and their median, with a dot for each on a line from 0, as HTML.
 
     >>> strip("swap", [0.001, 0.002]).partition("<svg")[0]
     '<span>swap 2 ms, median of 2: 1.5 ms '
     """
-    dots = "".join(f"<circle cx='{4 + 92 * each / max(seconds):.4g}' cy='7' r='3' opacity='.5'/>" for each in seconds)
+    slowest = max(seconds)
+    dots = "".join(f"<circle cx='{4 + 92 * time / slowest:.4g}' cy='7' r='3' opacity='.5'/>" for time in seconds)
     line = f"<svg width='100' height='14' fill='{ACTIVE}'><path d='M4 7h92M4 3v8' stroke='{MUTED}'/>{dots}</svg>"
     median = f", median of {len(seconds)}: {readable(statistics.median(seconds))}" if len(seconds) > 1 else ""
-    return f"<span>{what} {readable(seconds[-1])}{median} {line}</span>"
+    return f"<span>{label} {readable(seconds[-1])}{median} {line}</span>"
 
 
 def timeline(title: str, watches: Mapping[str, Any]) -> Figure:
-    """Draw the latency of every call that some watches noted, on one logarithmic scale, one panel below the other.
+    """Draw the latency of every recorded call on one logarithmic scale, with a panel for each watch.
 
-    A new label among the calls of a watch is taken for a swap. First compiles and recompiles differ from other
-    calls in color and in shape.
+    A new label among a watch's calls counts as a swap. First compiles and recompiles differ from other calls in color
+    and shape.
 
     Parameters
     ----------
     watches:
-        By the panels' names, each a ``RecompileWatch``, or anything else with its ``calls`` and ``summary``.
+        Objects with the ``calls`` and ``summary`` of a ``RecompileWatch``, by the panels' names.
 
     >>> from hotswap_lab import RecompileWatch
     >>> watch = RecompileWatch()
@@ -94,7 +98,9 @@ def _mark(canvas: Canvas, x: float, y: float, kind: str) -> None:
 
 
 def _kind(call: Any) -> str:
-    return "recompile" if call.recompiles else "compile" if call.compilations else "call"
+    if call.recompiles:
+        return "recompile"
+    return "compile" if call.compilations else "call"
 
 
 def _summary(watch: Any) -> str:

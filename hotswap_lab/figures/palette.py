@@ -1,7 +1,5 @@
 """One meaning for each color, in every picture and widget."""
 
-import zlib
-
 INK = "#1f2933"
 MUTED = "#627283"
 CARD = "#fbfcfd"
@@ -16,18 +14,18 @@ OURS = "#6fb7f2"
 PEFT = "#f2b36f"
 #: an adapter without a name, as A and B in a drawing
 ADAPTER = "#e8d66b"
-#: errors, recompiles, what differs
+#: errors, recompiles, differences
 WRONG = "#c8374a"
-#: what holds
+#: passed checks
 RIGHT = "#1a7f37"
 #: buttons that were chosen, and the focus; white text on it can be read
 ACTIVE = "#1765a8"
 
-#: what these are in a picture for a dark theme
-DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#2b3440", OFF: "#2b3440"}
+#: these colors in a picture for a dark theme
+DARK = {CARD: "#0d1117", INK: "#e6edf3", MUTED: "#9ba7b4", BASE: "#606770", OFF: "#1c1f25"}
 
-#: adapters; all can be read as text on a card, and told apart by color-blind readers
-ADAPTERS = ("#008220", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
+#: adapters; as text, all are readable on a card, and color-blind readers can distinguish them
+ADAPTERS = ("#0d149a", "#7d1b03", "#521061", "#5209ee", "#e90616", "#d01066", "#377d83", "#1c71d6")
 #: adapters that ship with the package, in the order of ADAPTERS
 _SHIPPED = (
     ("caesar", "double", "no_vowels", "pig_latin", "reverse", "shout", "sort", "vowels_up"),
@@ -35,12 +33,14 @@ _SHIPPED = (
     ("haiku", "json", "pirate", "socratic", "spanish"),
 )
 _KNOWN = {name: color for names in _SHIPPED for name, color in zip(names, ADAPTERS, strict=False)}
-#: what a widget calls an adapter that it doesn't know, and PEFT one without a name
+#: a widget's name of an unknown adapter, and PEFT's default name
 _KNOWN |= {"another adapter": INK, "default": INK}
+#: the colors of the user's adapters, in the order they come
+_USERS: dict[str, str] = {}
 
 
 def adapter_color(name: str | None) -> str:
-    """The color of an adapter, or of one of its versions; None: the color of the base model.
+    """Return the color of an adapter or of one of its versions, or of the base model for None.
 
     >>> adapter_color("reverse"), adapter_color("reverse@2"), adapter_color(None)
     ('#e90616', '#e90616', '#d5dde5')
@@ -48,7 +48,7 @@ def adapter_color(name: str | None) -> str:
     if not name:
         return BASE
     name = name.partition("@")[0]
-    return _KNOWN.get(name) or ADAPTERS[zlib.crc32(name.encode()) % len(ADAPTERS)]
+    return _KNOWN.get(name) or _USERS.setdefault(name, ADAPTERS[len(_USERS) % len(ADAPTERS)])
 
 
 def mix(color: str, share: float, other: str = BASE) -> str:
@@ -57,12 +57,21 @@ def mix(color: str, share: float, other: str = BASE) -> str:
     >>> mix("#ff0000", 0.5, "#ffffff")
     '#ff8080'
     """
-    pairs = [[int(each[start : start + 2], 16) for start in (1, 3, 5)] for each in (color, other)]
-    return "#" + "".join(f"{round(share * one + (1 - share) * two):02x}" for one, two in zip(*pairs, strict=True))
+    pairs = zip(bytes.fromhex(color[1:]), bytes.fromhex(other[1:]), strict=True)
+    return "#" + "".join(f"{round(share * one + (1 - share) * two):02x}" for one, two in pairs)
+
+
+def ramp(color: str) -> list[str]:
+    """Return seven tints of a color, from pale to dark. Readers can distinguish each from the next.
+
+    >>> ramp("#ff0000")[4:]
+    ['#ff0000', '#b20000', '#660000']
+    """
+    return [*(mix(color, step / 5) for step in range(1, 6)), mix(color, 0.7, BLACK), mix(color, 0.4, BLACK)]
 
 
 def light(name: str | None) -> str:
-    """A light form of an adapter's color, on which dark text can be read.
+    """Return a light form of an adapter's color, on which dark text is readable.
 
     >>> light("reverse")
     '#f8adb2'

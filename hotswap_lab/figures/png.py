@@ -1,4 +1,7 @@
-"""Small images with few colors, as PNG, for pictures whose parts are too many for shapes."""
+"""Small PNG images with few colors, for pictures with too many parts for shapes.
+
+Tests: ``tests/browser/test_front_ends.py``.
+"""
 
 import base64
 import struct
@@ -7,9 +10,9 @@ from collections.abc import Sequence
 
 
 def png(rows: Sequence[Sequence[int]], colors: Sequence[str]) -> bytes:
-    """An image, given the number of each pixel's color.
+    """Encode an image, given the index of each pixel's color.
 
-    Follows the PNG specification (third edition): an image with a palette, of 8 bits a pixel.
+    It follows the PNG specification (third edition): an image with a palette, of 8 bits a pixel.
 
     >>> from hotswap_lab.figures.palette import BLACK, WHITE
     >>> png([[0, 1]], [BLACK, WHITE])[:4]
@@ -25,7 +28,7 @@ def png(rows: Sequence[Sequence[int]], colors: Sequence[str]) -> bytes:
 
 
 def address(data: bytes) -> str:
-    """A PNG as an address that holds all of it.
+    """Return a PNG as a data URL.
 
     >>> address(b"...")
     'data:image/png;base64,Li4u'

@@ -5,5 +5,5 @@
 from pathlib import Path
 
 _LINES = (Path(__file__).parent / "advice.txt").read_text("utf-8").splitlines()
-#: the advice of a refusal, in Python, and what it is for those who have only a terminal, of advice.txt
-ADVICE: dict[str, str] = {python: there.strip() for python, there in (each.split(" ->") for each in _LINES)}
+#: advice in refusals that is for Python, and the advice to show on a command line instead
+ADVICE: dict[str, str] = {python: shown.strip() for python, shown in (line.split(" ->") for line in _LINES)}

@@ -1,4 +1,7 @@
-"""Reading ``adapter_model.bin``, PEFT's older format: a pickle, of which only tensors are loaded."""
+"""Reading ``adapter_model.bin``, PEFT's older format: a pickle, from which only tensors are loaded.
+
+Tests: ``tests/files/test_sources.py`` and ``tests/robustness/test_bad_files.py``.
+"""
 
 import os
 import zipfile
@@ -15,7 +18,7 @@ def check_archive(path: str | os.PathLike[str]) -> None:
     Raises
     ------
     zipfile.BadZipFile
-        If the archive's contents are larger than the archive. Files in the format before PyTorch 1.6 are no archives.
+        If the contents are larger than the archive. Files in the format before PyTorch 1.6 aren't archives.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -27,12 +30,12 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def read_bin(folder: str, device: str, key_mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
-    """The tensors of ``adapter_model.bin`` by name, read with ``weights_only=True``."""
+    """Return the tensors of ``adapter_model.bin`` by name, read with ``weights_only=True``."""
     path = os.path.join(folder, WEIGHTS_NAME)
     check_archive(path)
     tensors = load_peft_weights(folder, device=device, key_mapping=key_mapping)
     if not isinstance(tensors, Mapping):
-        raise TypeError(f"a {type(tensors).__name__}, and no table of tensors")
+        raise TypeError(f"a {type(tensors).__name__}, not a table of tensors")
     size = os.path.getsize(path)
     for key, tensor in tensors.items():
         # a pickled tensor may have strides that repeat its few bytes any number of times

@@ -1,7 +1,12 @@
-"""Reading an adapter from a folder, from the Hub, or from tensors in memory."""
+"""Reading an adapter from a folder, from the Hub, or from tensors in memory.
+
+Tests: ``tests/files/test_sources.py``, ``tests/core/test_swap.py`` and ``tests/robustness/test_bad_files.py``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -24,7 +29,7 @@ from .weights_file import read_safetensors
 
 #: an id on the Hub; all else is a path
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-#: how often a folder is read again, a hundredth of a second later, because its files were exchanged meanwhile
+#: how often a folder is read again, a hundredth of a second later, if its files were replaced while they were read
 TRIES = 50
 
 
@@ -75,48 +80,59 @@ class Adapter(core.Adapter):
         >>> adapter.config.r, len(adapter.tensors)
         (2, 32)
         """
-        place = find_source(source, hub)
-        config, (file, (tensors, pieces)) = read_files(place, torch_device or "cpu", key_mapping, for_one_swap)
-        adapter = cls(config, tensors, place.name, place.revision, os.path.isdir(place.name), file)
+        folder = find_source(source, hub)
+        config, (file, (tensors, pieces)) = read_files(folder, torch_device or "cpu", key_mapping, for_one_swap)
+        adapter = cls(config, tensors, folder.name, folder.revision, os.path.isdir(folder.name), file)
         if pieces is None or not all(map(is_finite, pieces)):
             adapter.check_tensors(allow_nonfinite)
         return adapter
 
 
 class File(NamedTuple):
-    """The file of an adapter's weights when it was read: its inode, size and time tell it from another version."""
+    """The file of an adapter's weights when it was read: its inode, size and time identify this version."""
 
     path: str
     inode: int
     size: int
     time: int
-    #: what its keys were renamed by
+    #: the patterns and replacements that renamed its keys
     key_mapping: dict[str, str] | None = None
 
     def is_in(self, slot: Slot) -> bool:
         """Whether the model has the weights that are in the file now, and no others; False if that can't be seen."""
-        if any(hasattr(each, "full_tensor") for each in slot.host.base.parameters()):
-            return False  # reading the whole takes a call in every process
+        if any(hasattr(parameter, "full_tensor") for parameter in slot.host.base.parameters()):
+            return False  # gathering a whole tensor takes a call in every process
         try:
             _, (tensors, _) = read_tensors(Folder(os.path.dirname(self.path)), "cpu", self.key_mapping, True)
             check_saved(slot, live := saved_tensors(slot, embeddings=True))
-            ours, theirs = ({own_key(slot, key): each for key, each in named.items()} for named in (live, tensors))
-            if not ours.keys() <= theirs.keys():
+            in_model, in_file = by_own_keys(slot, live), by_own_keys(slot, tensors)
+            if not in_model.keys() <= in_file.keys():
                 return False
-            base = LoadedAlone(slot).state_dict()  # a file may have base weights, too
-            ours = {own_key(slot, key): each for key, each in base.items()} | ours
-            return all(have_same_values(ours[key], each) for key, each in theirs.items())
+            # a file may have base weights, too
+            in_model = by_own_keys(slot, LoadedAlone(slot).state_dict()) | in_model
+            return all(have_same_values(in_model[key], tensor) for key, tensor in in_file.items())
         except Exception:  # of any type: the file is gone, or the weights are elsewhere
             return False
 
 
-def own_key(slot: Slot, key: str) -> str:
-    """The key of a tensor in the base model, whatever form of it a file has."""
-    return slot.own_keys.get(short := canonical_path(key), short)
+def by_own_keys(slot: Slot, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors by their keys in the base model, whatever form of the keys a file has."""
+    paths = {canonical_path(key): tensor for key, tensor in tensors.items()}
+    return {slot.own_keys.get(path, path): tensor for path, tensor in paths.items()}
+
+
+def digest_of(adapter: core.Adapter) -> str:
+    """Return a hash of an adapter's config and its tensors."""
+    config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
+    digest = hashlib.sha256(config.encode())
+    for key, tensor in sorted(adapter.tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def find_source(source: object, arguments: dict[str, Any]) -> Folder:
-    """The folder or repository for a path or a name that a user passed."""
+    """Return the folder or repository for a path or a name that a user passed."""
     if not isinstance(source, (str, os.PathLike)):
         raise refused("no_adapter_to_read", found=f"a {type(source).__name__}: {source!r}"[:200])
     name = os.fspath(source)
@@ -127,35 +143,41 @@ def find_source(source: object, arguments: dict[str, Any]) -> Folder:
     return Folder(name, str(arguments.get("subfolder") or "")) if is_path else repository
 
 
-def read_files(place: Folder, *how: Any) -> tuple[PeftConfig, tuple[File, Tensors]]:
-    """The config and the tensors of an adapter, again if a save exchanged the files in between; ``how`` as below."""
-    for last in (*[False] * TRIES, True):
-        before = place.state
+def read_files(folder: Folder, *options: Any) -> tuple[PeftConfig, tuple[File, Tensors]]:
+    """Read the config and the tensors of an adapter, again if a save replaced the files in between.
+
+    ``options`` are those of :func:`read_tensors`.
+    """
+    for is_last in (*[False] * TRIES, True):
+        before = folder.state
         try:
-            found = read_config(place), read_tensors(place, *how)
-            if before == place.state:
-                return found
+            config_and_tensors = read_config(folder), read_tensors(folder, *options)
+            if before == folder.state:
+                return config_and_tensors
         except HotswapError:
-            if last or (before == place.state and before[-1] is None):
+            if is_last or (before == folder.state and before[-1] is None):
                 raise
         time.sleep(0.01)
-    raise refused("changes_while_read", source=place.name)
+    raise refused("changes_while_read", source=folder.name)
 
 
 def read_tensors(
-    place: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
+    folder: Folder, device: str | torch.device, key_mapping: dict[str, str] | None, for_one_swap: bool
 ) -> tuple[File, Tensors]:
-    """The file of an adapter's weights, and its tensors by its keys: with ``for_one_swap``, maybe the file itself."""
-    folder = place.folder_with_weights()
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    """Read an adapter's tensors, by its keys, and describe its file.
+
+    With ``for_one_swap``, the tensors may be the file itself.
+    """
+    path = folder.folder_with_weights()
+    is_bin = not os.path.exists(os.path.join(path, SAFETENSORS_WEIGHTS_NAME))
     try:
-        if os.path.exists(path):
-            file = File(*check_file(path), key_mapping)
-            return file, read_safetensors(folder, str(device), key_mapping, for_one_swap)
-        file = File(*check_file(os.path.join(folder, WEIGHTS_NAME)), key_mapping)
-        return file, (read_bin(folder, str(device), key_mapping), None)
+        name = WEIGHTS_NAME if is_bin else SAFETENSORS_WEIGHTS_NAME
+        file = File(*check_file(os.path.join(path, name)), key_mapping)
+        if is_bin:
+            return file, (read_bin(path, str(device), key_mapping), None)
+        return file, read_safetensors(path, str(device), key_mapping, for_one_swap)
     except Exception as error:  # a damaged file may cause an error of any type
-        raise refused("weights_unreadable", source=place.name, error=error) from error
+        raise refused("weights_unreadable", source=folder.name, error=error) from error
 
 
 def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Adapter:
@@ -178,5 +200,5 @@ def read(source: Any, *, only_config: bool = False, **arguments: Any) -> core.Ad
         return Adapter.load(source, **arguments)
     if isinstance(source, PeftConfig):
         return Adapter(source, {}, "a config")
-    place = find_source(source, arguments)
-    return Adapter(read_config(place), {}, place.name, is_folder=os.path.isdir(place.name))
+    folder = find_source(source, arguments)
+    return Adapter(read_config(folder), {}, folder.name, is_folder=os.path.isdir(folder.name))

@@ -37,14 +37,14 @@ except ImportError:  # on Windows
 #: the attributes of wrappers that have the wrapped module
 INSIDE = ("base_layer", "original_module")
 
-#: held while files are exchanged, for threads that save to one folder
-_exchanging = threading.Lock()
-#: how many seconds to wait for another process that saves to the folder: it exchanges its files in milliseconds
+#: held while files are replaced, for threads that save to one folder
+_replacing = threading.Lock()
+#: how many seconds to wait for another process that saves to the folder: it replaces its files in milliseconds
 PATIENCE = 10.0
 
 
 def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """The config and the tensors that ``PeftModel.save_pretrained`` would write after a fresh load.
+    """Return the config and the tensors that ``PeftModel.save_pretrained`` would write after a fresh load.
 
     Refuses an adapter that would not be the one in the model.
     """
@@ -68,7 +68,7 @@ def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
             of_lora = layer.tensors if slot.method.is_lora else ()
             if reason := strange_padding(layer.module, slot.adapter_name, tensor, of_lora):
                 raise refused("saved_with_padding", adapter_name=slot.adapter_name, reason=reason)
-    # merging LN tuning exchanges its module and the base model's
+    # merging LN tuning swaps its module and the base model's
     with_base = slot.config.peft_type == PeftType.LN_TUNING or any(".base_layer." in key for key in tensors)
     tuners = (module for module in slot.host.base.modules() if isinstance(module, BaseTunerLayer))
     if with_base and (merged := {name for module in tuners for name in module.merged_adapters}):
@@ -79,7 +79,7 @@ def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the keys of its file, copied to the CPU, without layers that are off.
+    """Return the adapter's tensors by the keys of its file, copied to the CPU, without layers that are off.
 
     ``embeddings`` includes the weights of embeddings that have the adapter, as ``save_pretrained`` does.
     """
@@ -92,18 +92,18 @@ def saved_tensors(slot: Slot, *, embeddings: bool = False) -> dict[str, torch.Te
     strange = tuple(f".shira_indices.{other}" for other in slot.host.configs if other != name)
     own = {key: tensor.detach() for key, tensor in tensors.items() if not key.endswith(strange)}
     # one at a time, because the whole of all may need more memory than this device has
-    return {key: _whole(each).cpu().clone(memory_format=torch.contiguous_format) for key, each in own.items()}
+    return {key: _whole(tensor).cpu().clone(memory_format=torch.contiguous_format) for key, tensor in own.items()}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered from the processes that it is spread over. All of them have to call this."""
+    """Gather a tensor from the processes that it is spread over. All of them have to call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class LoadedAlone:
     """A view of a model for PEFT's saving, with the names that modules have after a fresh load of one adapter.
 
-    PEFT's saving uses the live names. But these have another beginning if the model is no ``PeftModel``, and extra
+    PEFT's saving uses the live names. But these have another beginning if the model isn't a ``PeftModel``, and extra
     levels if modules are compiled or wrapped for other adapters. It also leaves out tensors with another adapter's name
     anywhere in their own.
     """
@@ -127,7 +127,7 @@ class LoadedAlone:
         return (lambda: self._as_loaded(value())) if attribute in EMBEDDINGS else value
 
     def _as_loaded(self, module: torch.nn.Module | None) -> torch.nn.Module | None:
-        """A module as in a fresh load: without the wrappers that a fresh load would not make."""
+        """Return a module without the wrappers that a fresh load would not make."""
         while self._is_missing(module):
             module = inside(module)
         return module
@@ -144,7 +144,7 @@ class LoadedAlone:
                 yield name, module
 
     def _fresh_name(self, live_name: str) -> str | None:
-        """The name after a fresh load; None for a module or tensor of another adapter."""
+        """Return the name after a fresh load; None for a module or tensor of another adapter."""
         parts = list(self._start)
         owner, module = None, self._carrier
         for part in live_name.split(".") if live_name else ():
@@ -175,10 +175,10 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, tensors: d
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path with a file in the place of a folder, and a folder with something else in the place of a file."""
-    for each in (folder, *folder.parents):
-        if each.exists() and not each.is_dir():
-            raise refused("not_a_folder", folder=folder, file=each)
+    """Refuse a path where a file is in the place of a folder, or something else in the place of a file."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise refused("not_a_folder", folder=folder, file=path)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if (folder / name).exists() and not (folder / name).is_file():
             raise refused("not_a_file", folder=folder, name=name)
@@ -186,44 +186,45 @@ def check_folder(folder: Path) -> None:
 
 def save(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter next to an older one in the same folder, then replace that one."""
-    beside, lock = folder / f".hotswap-save-{secrets.token_hex(4)}", folder / LOCK
-    new, old, made = beside / "new", beside / "old", [each for each in (folder, *folder.parents) if not each.exists()]
+    temporary, lock = folder / f".hotswap-save-{secrets.token_hex(4)}", folder / LOCK
+    new, old = temporary / "new", temporary / "old"
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     # so that Ctrl-C leaves no temporary files behind
-    with interrupts_held(), _cleared_away(beside, lock, made) as opened:
-        for each in (new, old):
-            each.mkdir(parents=True)
+    with interrupts_held(), _cleaned_up(temporary, lock, created) as opened:
+        new.mkdir(parents=True)
+        old.mkdir()
         write_adapter(new, config, tensors)
-        with _exchanging:
+        with _replacing:
             end = time.monotonic() + PATIENCE
             while not _is_locked(lock, opened):
                 if time.monotonic() > end:
                     raise refused("being_saved", folder=folder, lock=lock, seconds=PATIENCE)
                 time.sleep(0.01)
             check_folder(folder)
-            _exchange(folder, new, old)
+            _replace_files(folder, new, old)
 
 
 @contextlib.contextmanager
-def _cleared_away(beside: Path, lock: Path, made: list[Path]) -> Iterator[contextlib.ExitStack]:
-    """Remove temporary files after a block, and the lock file, which the block may open in a stack."""
+def _cleaned_up(temporary: Path, lock: Path, created: list[Path]) -> Iterator[contextlib.ExitStack]:
+    """Remove temporary files after a block, the lock file, which the block may open in a stack, and empty folders."""
     try:
         with contextlib.ExitStack() as opened:
             yield opened
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         # another process may have locked it since, and removes it then
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             if _is_locked(lock, opened):
                 lock.unlink()
-        for each in made:
+        for path in created:
             with contextlib.suppress(OSError):  # the folder is not empty
-                each.rmdir()
+                path.rmdir()
 
 
 def _is_locked(path: Path, opened: contextlib.ExitStack) -> bool:
     """Lock a file until ``opened`` is closed or the process ends, unless another process has it.
 
-    filelock can't be used here: it doesn't tell whether the file that it has locked was removed meanwhile.
+    filelock can't be used here: it doesn't report that another process removed the file that it has locked.
     """
     try:
         if fcntl is None:  # on Windows, where the system removes the file when it is closed
@@ -242,7 +243,7 @@ def _is_locked(path: Path, opened: contextlib.ExitStack) -> bool:
     return is_ours
 
 
-def _exchange(folder: Path, new: Path, old: Path) -> None:
+def _replace_files(folder: Path, new: Path, old: Path) -> None:
     """Move the old files out before the new ones are moved in, so a killed process leaves no mixture of both."""
     names = os.listdir(new)
     try:

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..core.errors import HotswapError, listing, refused
 
-#: the file that a save holds while it exchanges the files of a folder
+#: the file that a save locks while it replaces the files of a folder
 LOCK = ".hotswap-save.lock"
 
 
@@ -37,40 +37,40 @@ class Folder:
 
     @property
     def state(self) -> list[object]:
-        """The inode, size and time of each file, None where there is none; last of the lock, while a save has it."""
-        found: list[object] = []
+        """The inode, size and time of each file, None for a missing one. The last is the lock of a save."""
+        files: list[object] = []
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, LOCK):
             try:
-                now = os.stat(os.path.join(self.name, self.subfolder, name))
-                found.append((now.st_ino, now.st_size, now.st_mtime_ns))
+                status = os.stat(os.path.join(self.name, self.subfolder, name))
+                files.append((status.st_ino, status.st_size, status.st_mtime_ns))
             except (OSError, ValueError):
-                found.append(None)
-        return found
+                files.append(None)
+        return files
 
     def _with(self, lacking: str, *names: str) -> str:
         folder = os.path.join(self.name, self.subfolder) if self.subfolder else self.name
         if not any(os.path.exists(os.path.join(folder, name)) for name in names):
-            found, next_step = instead(folder, names)
-            raise refused(lacking, source=self.name, error=found, next_step=next_step)
+            description, next_step = instead(folder, names)
+            raise refused(lacking, source=self.name, error=description, next_step=next_step)
         return folder
 
 
 def instead(path: str, names: Sequence[str] = (), next_step: str = "check the path") -> tuple[str, str]:
-    """For messages: what is at a path instead of an adapter's files of these names, and what to do about it."""
-    found, folder = f"no folder {path!r} here", os.path.dirname(os.path.normpath(path))
+    """Describe a path without an adapter's files, and the next step, for a refusal."""
+    description, folder = f"no folder {path!r} here", os.path.dirname(os.path.normpath(path))
     if is_file := os.path.isfile(path):
-        found, next_step = f"the file {path!r}", "pass its folder"
+        description, next_step = f"the file {path!r}", "pass its folder"
     elif os.path.isdir(path):
-        found, folder = f"no {' and no '.join(names)} in the folder {path}", path
+        description, folder = f"no {' and no '.join(names)} in the folder {path}", path
         next_step = "check the path, or get a complete copy of the adapter"
     within = os.path.join(glob.escape(folder), "")
     if glob.glob(f"{within}pytorch_lora_weights.*") or (is_file and not glob.glob(within + CONFIG_NAME)):
         next_step += "; the LoRA of a diffusers pipeline is read by hotswap_lab.hotswap_pipeline"
     if not is_file and (folders := sorted(map(os.path.dirname, glob.glob(f"{within}*/{CONFIG_NAME}")))):
-        names = [repr(os.path.basename(each)) for each in folders]
-        found += f"; {folder or 'this folder'} has the adapters {listing(names)}"
+        names = [repr(os.path.basename(path)) for path in folders]
+        description += f"; {folder or 'this folder'} has the adapters {listing(names)}"
         next_step = f"pass one of them, such as {folders[0]!r}; all: AdapterPool(model, adapters={{name: folder}})"
-    return found, next_step
+    return description, next_step
 
 
 #: tensors by name; and pieces that together cover the memory of all of them, or None
@@ -83,30 +83,30 @@ Tensors = tuple[dict[str, torch.Tensor], Sequence[torch.Tensor] | None]
 def check_file(path: str) -> tuple[str, int, int, int]:
     """Refuse a path that is not a regular file: opening a pipe may wait forever, and a device may have no end.
 
-    Returns the absolute path, and the file's inode, size and time, which another file or another version differs in.
+    Returns the absolute path, and the file's inode, size and time, which identify this version of it.
 
     Raises
     ------
     OSError
         If ``path`` is not a regular file, or doesn't exist.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, and no file")
-    return os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{os.path.basename(path)} is a folder, a pipe or a device, not a file")
+    return os.path.abspath(path), status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_config(place: Folder) -> PeftConfig:
+def read_config(folder: Folder) -> PeftConfig:
     """Read the config of an adapter."""
-    path = os.path.join(place.folder_with_config(), CONFIG_NAME)
+    path = os.path.join(folder.folder_with_config(), CONFIG_NAME)
     try:
         check_file(path)
         attributes = PeftConfig.from_json_file(path)
         if (peft_type := attributes["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise refused("unknown_peft_type", source=place.name, peft_type=peft_type)
+            raise refused("unknown_peft_type", source=folder.name, peft_type=peft_type)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
         return config_class.from_peft_type(**config_class.check_kwargs(**attributes))
     except HotswapError:
         raise
     except Exception as error:  # of any type, because PEFT doesn't check a config that it reads from a file
-        raise refused("config_unreadable", source=place.name, error=error) from error
+        raise refused("config_unreadable", source=folder.name, error=error) from error

@@ -1,9 +1,11 @@
-"""What an adapter is: its config, and the header of its weights."""
+"""Summaries of adapters for ``hotswap-lab show``: the config, and the shapes of the weights.
+
+Tests: ``tests/files/test_sources.py`` and ``tests/test_main.py``.
+"""
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import HotswapError
 from ..core.report import readable_bytes
@@ -24,12 +26,13 @@ class Summary:
     @property
     def row(self) -> tuple[str, ...]:
         """The columns of ``hotswap-lab show``."""
-        ranks, alphas = (" ".join(f"{each:g}" for each in numbers) or "-" for numbers in (self.ranks, self.alphas))
+        ranks = " ".join(map(str, self.ranks)) or "-"
+        alphas = " ".join(f"{alpha:g}" for alpha in self.alphas) or "-"
         return self.name, self.method, ranks, alphas, str(self.layers), readable_bytes(self.nbytes), self.base or "-"
 
 
 def summary_of(source: str | Path) -> Summary:
-    """The summary of an adapter in a folder or on the Hub.
+    """Summarize an adapter in a folder or on the Hub.
 
     Raises
     ------
@@ -48,36 +51,39 @@ def summary_of(source: str | Path) -> Summary:
     from .reading import Adapter, find_source
     from .sources import read_config
 
-    place, name = find_source(source, {}), str(source)
-    config = read_config(place)
+    folder, name = find_source(source, {}), str(source)
+    config = read_config(folder)
     if damaged := damaged_values(config):
-        raise HotswapError(*(replace(each, found=f"{name}: {each.found}") for each in damaged))
+        raise HotswapError(*(replace(refusal, found=f"{name}: {refusal.found}") for refusal in damaged))
     try:
-        shapes, nbytes = _header(Path(place.folder_with_weights(), "adapter_model.safetensors"))
-    except Exception:  # of any type: it has an older format, or is damaged
+        shapes, nbytes = _header(Path(folder.folder_with_weights(), "adapter_model.safetensors"))
+    except Exception:  # of any type: the file has an older format, or is damaged
         adapter = Adapter.load(name)
-        shapes, nbytes = {key: tuple(each.shape) for key, each in adapter.tensors.items()}, adapter.nbytes
-    return _summary(name, vars(config), shapes, nbytes)
+        shapes, nbytes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}, adapter.nbytes
+    keys = {key: key.partition(".lora_") for key in shapes}
+    layers = {layer if is_lora else key.rpartition(".")[0] for key, (layer, is_lora, _) in keys.items()}
+    ranks = {shapes[key][0] for key, (*_, end) in keys.items() if end.split(".")[0] in ("A", "embedding_A")}
+    alphas = {getattr(config, field, None) for field in ("lora_alpha", "alpha")} - {None}
+    alphas |= {*(getattr(config, "alpha_pattern", None) or {}).values()}
+    base = config.base_model_name_or_path
+    return Summary(
+        name=Path(name).name if Path(name).is_dir() else name,
+        method=config.peft_type.value,
+        ranks=tuple(sorted(ranks)),
+        alphas=tuple(sorted(alphas)),
+        layers=len(layers),
+        base=base if isinstance(base, str) else None,
+        nbytes=nbytes,
+    )
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Each tensor's name and shape, and the bytes of all, from the first bytes of a safetensors file."""
+    """Read the shapes of a safetensors file by name, and the bytes of all tensors, from its header alone."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 100_000_000)))
     header.pop("__metadata__", None)
     nbytes = path.stat().st_size - length - 8
-    if max((each["data_offsets"][1] for each in header.values()), default=0) != nbytes:
-        raise ValueError("a part of a file")
-    return {key: tuple(each["shape"]) for key, each in header.items()}, nbytes
-
-
-def _summary(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], nbytes: int) -> Summary:
-    parts = {key: key.partition(".lora_") for key in shapes}
-    ranks = {shapes[key][0] for key, (_, _, tensor) in parts.items() if tensor.split(".")[0] in ("A", "embedding_A")}
-    layers = {layer if found else key.rpartition(".")[0] for key, (layer, found, _) in parts.items()}
-    alphas = [config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None]
-    alphas += (config.get("alpha_pattern") or {}).values()
-    base, method = config["base_model_name_or_path"], config["peft_type"].value
-    base, name = base if isinstance(base, str) else None, Path(name).name if Path(name).is_dir() else name
-    return Summary(name, method, tuple(sorted(ranks)), tuple(sorted({*alphas})), len(layers), base, nbytes)
+    if max((entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
+        raise ValueError("the file is incomplete")
+    return {key: tuple(entry["shape"]) for key, entry in header.items()}, nbytes

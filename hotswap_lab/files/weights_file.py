@@ -84,7 +84,7 @@ def map_weights(path: str | os.PathLike[str]) -> Mapped | None:
 
 @functools.lru_cache(maxsize=MOST_KNOWN)
 def layout_of(header: bytes) -> Layout | None:
-    """Parse a safetensors header; None if PEFT would not have written this one.
+    """Parse a safetensors header; return None if PEFT would not have written this one.
 
     Adapters that were trained in the same way have the same header, so it is parsed once for all of them.
 
@@ -104,19 +104,19 @@ def layout_of(header: bytes) -> Layout | None:
         return None
     offsets, shapes, names = map(list, zip(*in_order, strict=True))
     numbers = list(itertools.chain.from_iterable((*offsets, *shapes)))
-    # types are compared, since 0.0 and False equal 0
+    # types are compared, because 0.0 and False equal 0
     if set(map(type, numbers)) != {int} or min(numbers) < 0:
         return None
     firsts = [*itertools.accumulate(map(math.prod, shapes), initial=start // dtype.itemsize)]
-    places = [each * dtype.itemsize - start for each in firsts]
-    if offsets != list(map(list, itertools.pairwise(places))):
+    bounds = [first * dtype.itemsize - start for first in firsts]
+    if offsets != list(map(list, itertools.pairwise(bounds))):
         return None
     return Layout(dtype, names, shapes, [strides_of(*shape) for shape in shapes], firsts)
 
 
 @functools.lru_cache
 def strides_of(*shape: int) -> tuple[int, ...]:
-    """The strides of a contiguous tensor.
+    """Return the strides of a contiguous tensor.
 
     With these, ``as_strided`` makes a view of a file in one call; ``split`` and ``view`` would be two.
 
@@ -127,7 +127,7 @@ def strides_of(*shape: int) -> tuple[int, ...]:
 
 
 def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | None, for_one_swap: bool) -> Tensors:
-    """The tensors of ``adapter_model.safetensors`` by name; with ``for_one_swap``, they may be the file itself."""
+    """Return the tensors of a safetensors file by name; with ``for_one_swap``, they may be the file itself."""
     is_on_cpu, mapped = torch.device(device).type == "cpu", None
     if is_on_cpu and not key_mapping:
         # not for speed alone: safetensors 0.8 never frees 56 bytes for each tensor that it reads
@@ -135,7 +135,7 @@ def read_safetensors(folder: str, device: str, key_mapping: dict[str, str] | Non
     if mapped is None or not for_one_swap:
         with torch.device("cpu"):  # older safetensors makes tensors on the default device
             tensors = mapped.tensors if mapped else load_peft_weights(folder, device=device, key_mapping=key_mapping)
-        if is_on_cpu and not for_one_swap:  # cloned, since they are the file itself
+        if is_on_cpu and not for_one_swap:  # cloned, because they are the file itself
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         return tensors, None
     tensors, whole = mapped

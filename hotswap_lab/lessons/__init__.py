@@ -1,7 +1,7 @@
-"""What the notebooks show and ask: one module of exercises per chapter, and the pictures they share.
+"""The notebooks' exercises, one module per chapter, and their pictures.
 
-No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``; ``exercise`` is the
-frame of every exercise. ``building`` has the checks of the file that the reader builds in 01, 02, 03, 04 and 08.
+No swap logic is in here. ``figures`` draws, and shows the drawings in the folder ``pictures``. ``exercise`` has the
+base class of exercises. ``building`` has the checks of the file that the reader builds in 01, 02, 03, 04 and 08.
 ``start`` belongs to chapter 00, ``compiling`` to 03, ``pools`` to 04, ``real_llm`` to 05, ``diffusion`` to 06,
 ``beyond`` to 07, ``rows`` to 08, ``serving`` to 09, ``ahead`` to 10, ``policy`` to 11, ``engine`` to the engine, read,
 and ``project`` to the last project.
@@ -22,14 +22,13 @@ __all__ = ["begin", "figures", "source"]
 
 
 def begin() -> None:
-    """Sets a notebook up: one thread, so that figures can be compared, and no noise.
+    """Set a notebook up: use one thread, so that times can be compared, and hide warnings that don't help a reader.
 
-    The demo models are so small that threads would mostly wait for one another, and on a busy machine for whatever
-    else runs there.
+    The demo models are so small that threads would mostly wait for one another, and on a busy machine for other
+    processes.
 
-    Where there is a CUDA compiler and no GPU, the first compiled graph says so; it is of no use to a reader either.
-    PEFT 0.21 with transformers 5.24 warns about a deprecated name at every load, and torch.export about one of its own;
-    a reader can do nothing about these.
+    PyTorch logs an error where a CUDA compiler is installed without a GPU. PEFT 0.21 with transformers 5.24 warns about
+    a deprecated name at every load, and torch.export about one of its own.
 
     >>> begin()
     """

@@ -1,4 +1,7 @@
-"""Chapter 07: adapters of other kinds than plain LoRA, and how to read a refusal."""
+"""Chapter 07: adapters of other kinds than plain LoRA, and reading a refusal.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ FACTORS = dict(decompose_both=True, decompose_factor=4)
 
 
 class Pair(NamedTuple):
-    """A swap to try: what changes, and the configs of both adapters."""
+    """A swap to try: the change in words, and the configs of both adapters."""
 
     what: str
     old: PeftConfig
@@ -50,7 +53,7 @@ def _vera(r: int, **options: object) -> PeftConfig:
 
 
 def _oft(block: int) -> PeftConfig:
-    # exact rotations: the fast approximation of them holds near zero only, and random weights are not
+    # exact rotations, because the fast approximation only holds near zero, and random weights are larger
     return _config("OFT", oft_block_size=block, use_cayley_neumann=False)
 
 
@@ -58,7 +61,7 @@ def _prompt(tokens: int) -> PeftConfig:
     return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
-#: by the name of the kind: swaps from one adapter of it to another
+#: swaps from one adapter of a kind to another, by the name of the kind
 PAIRS: dict[str, Pair] = {
     "LoRA": Pair("rank 4 to 16, on fewer layers", _lora(4), _lora(16, on=ATTENTION)),
     "LoRA to rsLoRA": Pair("rank 16 to 4, another scaling", _lora(16), _lora(4, use_rslora=True)),
@@ -80,14 +83,14 @@ PAIRS: dict[str, Pair] = {
 
 @torch.no_grad()
 def disturb(model: torch.nn.Module) -> None:
-    """Moves all weights that would be trained away from where PEFT puts them, which often means "off"."""
+    """Add noise to all trainable weights, because PEFT's initial values often turn an adapter off."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def load(config: PeftConfig, seed: int = 1) -> PeftModel:
-    """The embedded base model with a random adapter, as PEFT would load it.
+    """Return the embedded base model with a random adapter, as PEFT would load it.
 
     >>> load(PAIRS["LoHa"].old).peft_config["default"].r
     4
@@ -102,7 +105,7 @@ def load(config: PeftConfig, seed: int = 1) -> PeftModel:
 
 
 def adapter(config: PeftConfig, seed: int = 2) -> Adapter:
-    """A random adapter for the embedded base model, none of whose tensors means "off".
+    """Return a random adapter for the embedded base model, with noise in all of its tensors.
 
     >>> len(adapter(PAIRS["IA3"].old).tensors)
     12
@@ -124,7 +127,7 @@ def turn_off(solution):
         addresses = slot.data_ptrs()
         for layer in slot.layers:
             solution(layer.module)
-        # the values alone, in a model that nobody has switched off
+        # only the values count: they are copied to a model whose adapter is on
         set_peft_model_state_dict(other, get_peft_model_state_dict(model))
         for layer in resolve_slot(other, "default").layers:
             base = layer.module.get_base_layer()
@@ -134,7 +137,7 @@ def turn_off(solution):
         yield f"{kind}: the addresses stay the same", slot.data_ptrs() == addresses, True
 
 
-#: by what differs between the two adapters: the old and the new config
+#: the old and the new config, by the difference between the two adapters
 SAME_STRUCTURE: dict[str, Any] = {
     "values of parameters": (_ia3("down_proj"), _ia3("down_proj")),
     "values of buffers, too": [_vera(4, projection_prng_key=key) for key in (0, 7)],
@@ -146,17 +149,17 @@ SAME_STRUCTURE: dict[str, Any] = {
 @torch.no_grad()
 def make_equal(solution):
     """Make ``live`` compute what ``fresh`` does, in place, whatever the method is. About 6 lines."""
-    for what, (old, new) in SAME_STRUCTURE.items():
+    for difference, (old, new) in SAME_STRUCTURE.items():
         live = load(old)
         inputs = live.get_base_model().dummy_inputs
-        # a fresh load around the memory of the same base
+        # a fresh load around the same base weights
         fresh = PeftModel(make_base_twin(live.get_base_model()).model, copy.deepcopy(new), "default").eval()
         set_peft_model_state_dict(fresh, adapter(new).tensors, "default")
         addresses = resolve_slot(live, "default").data_ptrs()
         before = (norm := live.get_base_model().model.norm.weight).clone()
         expected = fresh(**inputs).logits
         solution(live, fresh)
-        disturb(fresh)  # a call of it, or its memory, is no longer right
-        yield f"equal: {what}", torch.allclose(live(**inputs).logits, expected, atol=1e-4), True
+        disturb(fresh)  # so that live can't call fresh or share its memory
+        yield f"equal: {difference}", torch.allclose(live(**inputs).logits, expected, atol=1e-4), True
         kept = torch.equal(norm, before) and resolve_slot(live, "default").data_ptrs() == addresses
-        yield f"addresses and base kept: {what}", kept, True
+        yield f"addresses and base kept: {difference}", kept, True

@@ -1,4 +1,7 @@
-"""Chapter 03: swapping inside a compiled model, and what makes it compile again."""
+"""Chapter 03: swapping inside a compiled model, and the causes of recompiles.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 import os
 import tempfile
@@ -12,7 +15,7 @@ from ..swap import hotswap_adapter
 from ..watch import RecompileWatch
 from .exercise import Exercise, first_difference, uncompiled_calls
 
-#: the adapters that each of the five programs is given; the first is the one that is loaded
+#: the configs of the adapters for the five programs, which load the first one
 TRIO = (dict(r=4, lora_alpha=8), dict(r=8, lora_alpha=16), dict(r=2, lora_alpha=4))
 
 
@@ -22,7 +25,7 @@ def _two_layers() -> torch.nn.Module:
 
 
 def answers(compiled: torch.nn.Module, folders: Iterable[str], x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Swap each folder in, and yield what the model gives for ``x``."""
+    """Swap each folder in, and yield the model's output for ``x``."""
     for folder in folders:
         hotswap_adapter(compiled, folder, "default")
         yield compiled(x)
@@ -33,7 +36,7 @@ def debug(programs):
     """Mend the five programs, so that each compiles once and never again. A line or two in each."""
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as place, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the check itself says what recompiles
+        warnings.simplefilter("ignore")  # the check itself prints the causes of recompiles
         folders, fresh = [os.path.join(place, name) for name in "abc"], []
         for folder, options in zip(folders, TRIO, strict=True):
             config = LoraConfig(target_modules=["0", "2"], init_lora_weights=False, **options)
@@ -41,7 +44,7 @@ def debug(programs):
             fresh.append(PeftModel.from_pretrained(_two_layers(), folder)(x))
         yield "programs", len(programs), 5
         for number, program in enumerate(programs):
-            # a graph of the program before must be neither found nor counted
+            # graphs of the previous program must be neither used nor counted
             torch.compiler.reset()
             model = PeftModel.from_pretrained(_two_layers(), folders[0]).eval()
             uncompiled = uncompiled_calls(model)
@@ -49,11 +52,13 @@ def debug(programs):
                 # cloned: a compiled model may write the next output to the same memory
                 outputs = [output.clone() for output in program(model, folders, x)]
             name = program.__name__
-            # the third one divides by a temperature; the second and the fifth warm up before, for the first two vectors
-            expected = [output / (by if number == 2 else 1) for by, output in enumerate(fresh, 1)]
-            expected[:0] = [output[:, :2] for output in fresh[: number in (1, 4)]]
-            both = ({f"output {n}": each for n, each in enumerate(some, 1)} for some in (outputs, expected))
+            expected = list(fresh)
+            if number == 2:
+                expected = [output / temperature for temperature, output in enumerate(fresh, 1)]
+            elif number in (1, 4):  # these begin with the first two vectors
+                expected.insert(0, fresh[0][:, :2])
+            pair = [{f"output {n}": output for n, output in enumerate(some, 1)} for some in (outputs, expected)]
             yield name, str(watch).strip(), "1 compiled, 0 recompiles"
             yield f"{name}: calls that are not compiled", len(uncompiled), 0
             yield f"{name}: gradients are left on", torch.is_grad_enabled(), False
-            yield f"{name}: outputs equal a fresh load's", *first_difference(*both)
+            yield f"{name}: outputs equal a fresh load's", *first_difference(*pair)

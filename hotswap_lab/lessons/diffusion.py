@@ -21,14 +21,14 @@ CELL = 52
 
 
 def grid(rows: Mapping[str, torch.Tensor], columns: Sequence[str] = ()) -> Figure:
-    """Rows of drawn digits, one row for each label.
+    """Show rows of drawn digits, one row for each label.
 
     Parameters
     ----------
     rows:
-        By their labels, pictures of shape ``(count, height, width)``, 0 for black to 1 for white.
+        Pictures of shape ``(count, height, width)``, 0 for black to 1 for white, by their labels.
     columns:
-        What to write above the columns.
+        Labels above the columns.
 
     Examples
     --------
@@ -63,8 +63,8 @@ class Drawn:
 
 
 def _png(images: torch.Tensor, scale: int = 1) -> bytes:
-    """Pictures side by side as one small file: the reader's browser enlarges it, and the notebook stays small."""
-    # 16 shades of gray are what scikit-learn's digits have, and take half the bytes of 256
+    """Encode pictures side by side as one small file, which the reader's browser enlarges."""
+    # 16 shades of gray, as in scikit-learn's digits, take half the bytes of 256
     shades = (torch.cat(list(images), dim=1) * 15).round().int()
     shades = shades.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     return png(shades.tolist(), [mix(WHITE, shade / 15, BLACK) for shade in range(16)])
@@ -82,7 +82,7 @@ def one_filter(solution):
     equal = 0
     for module in modules:
         base = module.get_base_layer()
-        a, b = (each["default"].weight.clone() for each in (module.lora_A, module.lora_B))
+        a, b = module.lora_A["default"].weight.clone(), module.lora_B["default"].weight.clone()
         yours = torch.as_tensor(solution(a, b, module.scaling["default"]))
         if module is modules[0]:
             yield "the shape of the first filter", tuple(yours.shape), tuple(base.weight.shape)

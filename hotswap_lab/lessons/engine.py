@@ -1,7 +1,11 @@
-"""The notebook that reads the code: a method of the reader's own, and a search for a mistake."""
+"""The notebook that reads the code: a method of the reader's own, and a search for a mistake.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +20,7 @@ from ..core.plan import Plan
 from ..core.planner import make_plan
 from ..core.prepared import ScalingTable
 from ..core.settings import LayerSettings
+from ..core.slot import copy_of
 from ..swap import carry_out, prepare_model_for_compiled_hotswap, resolve_slot
 from .exercise import Exercise, refused
 
@@ -30,14 +35,25 @@ def gains_of(draft: Plan) -> dict[str, float]:
     >>> with_gains(model, {"model.layers.0.mlp.up_proj.gain": torch.tensor(0.5)}, lambda draft: print(gains_of(draft)))
     {'model.layers.0.mlp.up_proj': 0.5}
     """
-    return {key.removesuffix(GAIN): float(each) for key, each in draft.adapter.tensors.items() if key.endswith(GAIN)}
+    return {key.removesuffix(GAIN): float(gain) for key, gain in draft.adapter.tensors.items() if key.endswith(GAIN)}
+
+
+@dataclass(eq=False)
+class PlanOfChange(Plan):
+    """A plan that builds the change that it was given."""
+
+    own_change: Change = field(default_factory=Change)
+
+    def build_change(self) -> Change:
+        return self.own_change
 
 
 def as_plan(draft: Plan, change: Change) -> Plan:
-    """A plan that comes to this change, for the config that is in the model."""
-    draft.config = draft.slot.config
-    draft.change_maker = lambda plan: change
-    return draft
+    """Return a plan that builds this change, with the config that is in the model."""
+    config = copy_of(draft.slot.config)
+    return PlanOfChange(
+        draft.slot, draft.adapter, config, draft.compiled, refusals=draft.refusals, is_decided=True, own_change=change
+    )
 
 
 def with_gains(model: torch.nn.Module, tensors: dict[str, torch.Tensor], solution: Callable) -> None:
@@ -67,7 +83,7 @@ def gains(solution):
     with_gains(model, tensors, solution)
     after = scalings()
     yield "14 layers off", after[:14], [0.0] * 14
-    yield "14 layers twice as strong", after[14:], [2 * each for each in before[14:]]
+    yield "14 layers twice as strong", after[14:], [2 * scaling for scaling in before[14:]]
     more = {**tensors, f"model.layers.9.mlp.up_proj{GAIN}": torch.tensor(1.0)}
     yield "a layer that is not there is refused", refused(lambda: with_gains(model, more, solution)), "ValueError"
     yield "and nothing is written then", scalings(), after
@@ -76,7 +92,7 @@ def gains(solution):
 
     def spoiled(draft: Plan) -> Plan:
         plan = solution(draft)
-        plan.change_maker(plan).steps.append(lambda journal: 1 / 0)
+        plan.build_change().steps.append(lambda journal: 1 / 0)
         return plan
 
     with contextlib.suppress(ZeroDivisionError):
@@ -117,5 +133,5 @@ def search(solution):
     yield "without a mistake, all four are right", found(), dict.fromkeys(files, right)
     for file, mistake in files.items():
         with mistake:
-            wrong = [each for each, value in found().items() if value != right]
-        yield f"a mistake in {file} is found there", [each for each in files if each in wrong][:1], [file]
+            wrong = [name for name, value in found().items() if value != right]
+        yield f"a mistake in {file} is found there", [name for name in files if name in wrong][:1], [file]

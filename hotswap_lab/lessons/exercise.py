@@ -1,4 +1,7 @@
-"""The frame of every exercise: what is asked, a look at what yours does, and a check against the truth."""
+"""The base class of exercises: it runs the reader's function, and checks its results.
+
+Tests: ``tests/lessons/test_exercises.py``.
+"""
 
 import linecache
 import traceback
@@ -10,13 +13,13 @@ from peft.tuners.lora import LoraLayer
 
 
 class Exercise:
-    """An exercise, made from a function that tries out the reader's.
+    """An exercise, made from a function that tests the reader's function.
 
     Parameters
     ----------
     run:
-        Called with the reader's function. It yields what it checks: what it is, what came out, and what should have
-        come out. The task itself is in the notebook.
+        Called with the reader's function. It yields for each check a label, the result, and the expected result. The
+        task itself is in the notebook.
 
     Examples
     --------
@@ -39,26 +42,26 @@ class Exercise:
         self._run = run
 
     def show(self, solution: Callable[..., Any]) -> None:
-        """Prints what the reader's function does, without judging it."""
-        for what, yours, _ in self._results(solution):
-            print(f"{what}: {yours!r}")
+        """Print the results of the reader's function, without judging them."""
+        for label, yours, _ in self._results(solution):
+            print(f"{label}: {yours!r}")
 
     def check(self, solution: Callable[..., Any] | str) -> None:
-        """Says whether it is right; if not, prints yours and expected of the first that differs, and how many more do.
+        """Print whether a solution is right. If not, print the first difference, and the number of further ones.
 
-        One of them is enough to see what is wrong. All of them would be a table of the answers.
+        One difference is enough to find the mistake. All of them would be a table of the answers.
         """
         self.is_right(solution)
 
     def is_right(self, solution: Callable[..., Any] | str) -> bool:
-        """:meth:`check`, for a program."""
+        """Print the same as :meth:`check`, and return whether the solution is right."""
         results = self._results(solution)
-        wrong = [result for result in results if result[1] != result[2]]
+        wrong = [(label, yours, expected) for label, yours, expected in results if yours != expected]
         if not wrong:
-            print(f"Correct: {', '.join(dict.fromkeys(what for what, _, _ in results))}.")
+            print(f"Correct: {', '.join(dict.fromkeys(label for label, _, _ in results))}.")
             return True
-        what, yours, expected = wrong[0]
-        print(f"Not yet.\n  {what}\n    yours:    {yours}\n    expected: {expected}")
+        label, yours, expected = wrong[0]
+        print(f"Not yet.\n  {label}\n    yours:    {yours}\n    expected: {expected}")
         if more := len(wrong) - 1:
             print(f"  and {more} more that differ{'s' if more == 1 else ''}")
         return False
@@ -68,17 +71,20 @@ class Exercise:
         try:
             results.extend(self._run(solution))
         except Exception as error:
-            # the reader's own mistake: the line of it helps more than a traceback through this module
-            said = (str(error).splitlines() or [""])[0]
-            results.append(("your code runs", f"{type(error).__name__}: {said}{_where(error, solution)}", "no error"))
+            # the line of the reader's mistake helps more than a traceback through this module
+            first_line = str(error).partition("\n")[0]
+            text = f"{type(error).__name__}: {first_line}{_where(error, solution)}"
+            results.append(("your code runs", text, "no error"))
         return results
 
 
 def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say what is yours and what is expected where tensors or numbers first differ; twice the same if none does.
+    """Describe yours and the expected value at the first difference of tensors or numbers; twice "equal" if none.
 
     >>> first_difference({"a": torch.tensor([[1.0, 2]])}, {"a": torch.tensor([[1.0, 3]])})
     ('a[0, 1] is 2', 'a[0, 1] is 3')
+    >>> first_difference({"a": torch.tensor(0.0684296)}, {"a": torch.tensor(0.0686296)})
+    ('a is 0.0684', 'a is 0.0686')
     >>> first_difference({"a": torch.nan, "b": torch.nan}, {"a": torch.nan, "b": 2})
     ('b is nan', 'b is 2')
     >>> first_difference({"a": 1}, {"a": 1.0, "b": 2})
@@ -91,30 +97,31 @@ def first_difference(yours: Mapping[str, Any], expected: Mapping[str, Any]) -> t
             return (name, f"no {name}") if name in yours else (f"no {name}", name)
         pair = torch.as_tensor(yours[name]), torch.as_tensor(expected[name])
         if pair[0].shape != pair[1].shape:
-            return tuple(f"{name} of shape {(*each.shape,)}" for each in pair)
-        far = ~torch.isclose(*(each.double() for each in pair), rtol=1e-4, atol=1e-4, equal_nan=True)
+            return tuple(f"{name} of shape {(*tensor.shape,)}" for tensor in pair)
+        far = ~torch.isclose(*(tensor.double() for tensor in pair), rtol=1e-4, atol=1e-4, equal_nan=True)
         if far.any():
             at = far.nonzero()[0].tolist()
-            return tuple(f"{name}{at or ''} is {each[(*at,)].item():.6g}" for each in pair)
+            # to the fourth decimal, as far as they are compared: the next ones depend on the processor
+            return tuple(f"{name}{at or ''} is {round(tensor[(*at,)].item(), 4):.6g}" for tensor in pair)
     return "equal", "equal"
 
 
 def tensors_of(model: Any) -> dict[str, Any]:
-    """Copies of the tensors of a LoRA adapter called "default", and its scalings, by the paths of their layers."""
-    found: dict[str, Any] = {}
+    """Return copies of the tensors of a LoRA adapter called "default", and its scalings, by the paths of the layers."""
+    tensors: dict[str, Any] = {}
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             for key in ("lora_A", "lora_B"):
-                found[f"{path}.{key}"] = getattr(layer, key)["default"].weight.detach().clone()
-            found[f"{path}.scaling"] = float(layer.scaling["default"])
-    return found
+                tensors[f"{path}.{key}"] = getattr(layer, key)["default"].weight.detach().clone()
+            tensors[f"{path}.scaling"] = float(layer.scaling["default"])
+    return tensors
 
 
 def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | None = None) -> tuple[str, ...]:
-    """:func:`first_difference` from a fresh load: tensors, scalings, outputs. Beyond what that has, there are zeros."""
+    """Return the :func:`first_difference` from a fresh load: of tensors, padded with zeros, of scalings and outputs."""
     yours, expected = tensors_of(model), tensors_of(fresh)
     for name, value in yours.items():
-        if isinstance(value, float):  # where all is zero, any will do
+        if isinstance(value, float):  # a layer of zeros may have any scaling
             expected.setdefault(name, value)
         else:
             own, whole = expected.get(name, value[:0]), torch.zeros_like(value)
@@ -127,7 +134,7 @@ def same_as_fresh(model: Any, fresh: Any, ids: torch.Tensor, call: Callable | No
 
 
 def uncompiled_calls(model: Any) -> list[int]:
-    """A list that gets an entry at each call of the model that is not compiled, as past PyTorch's limit of graphs."""
+    """Return a list that gets an entry at each call of the model that isn't compiled, as past PyTorch's graph limit."""
     calls: list[int] = []
     first = next(model.get_base_model().children())
     first.register_forward_hook(lambda *_: None if torch.compiler.is_compiling() else calls.append(1))
@@ -135,7 +142,7 @@ def uncompiled_calls(model: Any) -> list[int]:
 
 
 def refused(swap: Callable[[], object]) -> str:
-    """The error that a swap raises: a ``ValueError``, as a refusal is, or which other."""
+    """Return the name of the error that a swap raises; ``"ValueError"`` for its subclasses, such as a refusal."""
     try:
         swap()
     except Exception as error:
@@ -144,13 +151,14 @@ def refused(swap: Callable[[], object]) -> str:
 
 
 def _where(error: Exception, solution: object) -> str:
-    """The line of the reader's function, or of a part of their file, that the error came from, if it did."""
-    own = getattr(solution, "__code__", None)
-    frames = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
-    frames = [each for each in frames if each[0] is own or each[0].co_filename.startswith("<part")]
-    if not frames:
-        return ""
-    code, number = frames[-1]
-    text = linecache.getline(code.co_filename, number).strip()
-    name, first = (code.co_name, code.co_firstlineno) if code is own else (code.co_filename.strip("<>"), 1)
-    return f" (line {number - first + 1} of {name}{': ' + text if text else ''})"
+    """Describe the last line of the reader's function, or of a part of their file, in the error's traceback."""
+    function_code, place = getattr(solution, "__code__", None), ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        text = linecache.getline(code.co_filename, number).strip()
+        line_of_code = f": {text}" if text else ""
+        if code is function_code:
+            place = f" (line {number - code.co_firstlineno + 1} of {code.co_name}{line_of_code})"
+        elif code.co_filename.startswith("<part"):
+            place = f" (line {number} of {code.co_filename.strip('<>')}{line_of_code})"
+    return place

@@ -1,4 +1,7 @@
-"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it."""
+"""Chapters 04 and 08: a model with as many tensors as a real one, and adapters for it.
+
+Tests: ``tests/lessons/test_exercises.py`` and ``tests/lessons/test_lessons.py``.
+"""
 
 import copy
 import os
@@ -12,10 +15,10 @@ from ..swap import resolve_slot, save_adapter
 
 
 def smol(blocks: int = 30, own: bool = False) -> PeftModel:
-    """A model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
+    """Return a model with the blocks of SmolLM2-135M, and a LoRA adapter on all of them, in little memory.
 
-    A swap doesn't look at the base weights, so they are random, and all blocks share those of the first one. A call
-    reads them: with ``own``, each block has a copy. Every layer has its own adapter, of the real model's sizes.
+    A swap doesn't read the base weights, so they are random, and all blocks share those of the first one. For timing
+    calls, which read them, ``own`` gives each block a copy. Every layer has its own adapter of the real size.
 
     >>> model = smol(blocks=2)
     >>> [tuple(tensor.parameter.shape) for tensor in resolve_slot(model, "default").layers[-1].tensors]
@@ -24,7 +27,8 @@ def smol(blocks: int = 30, own: bool = False) -> PeftModel:
     base = make_base(Settings(model="smollm2", layers=1))
     first = base.model.layers[0]
     for number in range(1, blocks):
-        layer = copy.deepcopy(first, memo={} if own else {id(each): each for each in first.parameters()})
+        shared = {} if own else {id(parameter): parameter for parameter in first.parameters()}
+        layer = copy.deepcopy(first, memo=shared)
         layer.self_attn.layer_idx = number
         base.model.layers.append(layer)
     base.config.num_hidden_layers = blocks
@@ -32,9 +36,9 @@ def smol(blocks: int = 30, own: bool = False) -> PeftModel:
 
 
 def random_adapters(model: torch.nn.Module, names: Sequence[str], folder: str) -> dict[str, str]:
-    """Saves adapters with the shapes of the one in ``model`` and random values; returns their folders by name.
+    """Save adapters with random values and the shapes of the one in ``model``. Return their folders by name.
 
-    The model ends up with the last of them.
+    The model then has the last adapter.
     """
     folders = {name: os.path.join(folder, name) for name in names}
     for number, path in enumerate(folders.values()):

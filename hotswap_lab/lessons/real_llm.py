@@ -1,4 +1,4 @@
-"""Chapter 05: a real language model in two graphs, and what a swap does to its cache."""
+"""Chapter 05: a real language model in two graphs, and its KV cache after a swap."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,26 +16,26 @@ from .exercise import Exercise
 
 
 class ByLayer(generating.Reader):
-    """A reader of a Llama model that calls its layers one by one, each with a cache of its own.
+    """A reader of a Llama model that calls its layers one by one, each with its own KV cache.
 
-    To the compiler they look all alike, so that one graph serves them all.
+    All layers look alike to the compiler, so one graph serves them all.
     """
 
     def compile(self, backend: str) -> None:
-        """Compiles each layer for itself. Nothing is built before the first call."""
-        # with more than one, they are processes of their own, each with its own copy of PyTorch in memory
+        """Compile each layer on its own, at its first call."""
+        # more threads would be processes, each with its own copy of PyTorch in memory
         compat.inductor_config.compile_threads = 1
         for layer in self._lm.model.layers:
             layer.compile(backend=backend, dynamic=False)
         self.compiled: Callable[..., Tensor] | None = self.step
 
     def _call(self, ids: Tensor, *, cache: Any, **inputs: Tensor) -> Tensor:
-        if not inputs:  # the first call, which finds the sizes of the caches
+        if not inputs:  # the first call, which determines the sizes of the caches
             return super()._call(ids, cache=cache)
         llama = self._lm.model
         hidden = llama.embed_tokens(ids)
         rotation = llama.rotary_emb(hidden, position_ids=inputs["position_ids"])
-        rest = {"position_embeddings": [generating.any_size(each, 1) for each in rotation]}
+        rest = {"position_embeddings": [generating.any_size(tensor, 1) for tensor in rotation]}
         rest["attention_mask"] = generating.any_size(inputs["attention_mask"], 2, 3)
         for layer, own in zip(llama.layers, cache.layers, strict=True):
             hidden = layer(generating.any_size(hidden, 1), **rest, **{self._cache: own})
@@ -43,22 +43,22 @@ class ByLayer(generating.Reader):
 
 
 class Chat:
-    """A Llama model that answers greedily, in two graphs only: one for parts of a prompt, and one for a new token.
+    """A Llama model that answers greedily in only two graphs: one for parts of a prompt, and one for a new token.
 
-    ``torch.compile`` makes a graph for each shape that it meets, so a text that grows would be compiled at each
-    token. Here the sizes that grow are marked as dynamic, and keys and values have a place for each token from the
-    start (:class:`hotswap_lab.generating.Reader`, here with one row).
+    ``torch.compile`` makes a graph for each new shape, so a growing text would recompile at each token. Here growing
+    sizes are marked as dynamic, and the KV cache has its full size from the start
+    (:class:`hotswap_lab.generating.Reader`, here with one row).
 
     Parameters
     ----------
     model:
         A ``LlamaForCausalLM``, with or without PEFT around it.
     tokenizer:
-        Its tokenizer, with a chat template. Only :meth:`stream` and what is made of it need one.
+        Its tokenizer, with a chat template. Only :meth:`stream`, :meth:`ask` and :meth:`say` need one.
     chunk:
-        How many tokens of a prompt are read at once.
+        The number of tokens of a prompt that are read at once.
     room:
-        How many tokens there is room for, prompt and answer together.
+        The maximum number of tokens, prompt and answer together.
 
     Examples
     --------
@@ -82,26 +82,30 @@ class Chat:
 
     @property
     def length(self) -> int:
-        """How many tokens have been read."""
+        """The number of tokens that have been read."""
         return int(self.reader.lengths)
 
     def forget(self) -> None:
-        """Starts anew."""
+        """Empty the caches."""
         self.reader.forget(0)
 
+    def _state(self) -> list[Tensor]:
+        """The length and the content of the caches."""
+        return [self.reader.lengths, *self.reader.buffers(recurse=False)]
+
     def save(self) -> list[Tensor]:
-        """Return a copy of everything that the caches hold, and of their length."""
-        return [each.clone() for each in (self.reader.lengths, *self.reader.buffers(recurse=False))]
+        """Return a copy of the caches and of their length."""
+        return [tensor.clone() for tensor in self._state()]
 
     def restore(self, saved: Sequence[Tensor]) -> None:
-        """Put the caches back to what :meth:`save` has returned. They stay in the same memory."""
-        for each, copy in zip((self.reader.lengths, *self.reader.buffers(recurse=False)), saved, strict=True):
-            each.copy_(copy)
+        """Restore the caches from a copy that :meth:`save` returned. They stay in the same memory."""
+        for tensor, copy in zip(self._state(), saved, strict=True):
+            tensor.copy_(copy)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Reads further tokens, of shape ``(tokens,)``; gives the logits for the one after them, ``(vocabulary,)``."""
-        if (length := self.length) + len(ids) > (room := self.reader.longest):
-            raise ValueError(f"no room for {len(ids)} more tokens: {length} of {room} are taken")
+        """Read further tokens, of shape ``(tokens,)``, and return the next token's logits, ``(vocabulary,)``."""
+        if self.length + len(ids) > self.reader.longest:
+            raise ValueError(f"no room for {len(ids)} more tokens: {self.length} of {self.reader.longest} are used")
         for part in ids.split(self.reader.chunk):
             logits = self.reader.read([part.tolist()])
         return logits[0]
@@ -109,23 +113,23 @@ class Chat:
     # ---- text
 
     def ids(self, messages: str | Sequence[dict[str, str]]) -> Tensor:
-        """The tokens of a question, or of a whole conversation, up to where the answer begins."""
+        """Return the tokens of a question or of a whole conversation, up to the start of the answer."""
         return generating.prompt_of(self.tokenizer, messages)
 
     def stream(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> Iterator[str]:
-        """Answers greedily, and yields the answer as it grows, first token first. Starts with empty caches."""
+        """Answer greedily from empty caches, and yield the answer so far after each token."""
         self.forget()
         ids = self.ids(messages)
-        # the last token need not be read
-        most = min(max_new_tokens, self.reader.longest - len(ids) + 1)
-        yield from generating.stream(self.read, ids, most, self.reader.model, self.tokenizer)
+        # plus 1, because the last token isn't read
+        limit = min(max_new_tokens, self.reader.longest - len(ids) + 1)
+        yield from generating.stream(self.read, ids, limit, self.reader.model, self.tokenizer)
 
     def ask(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
-        """The whole answer."""
+        """Return the whole answer."""
         return [*self.stream(messages, max_new_tokens)][-1].strip()
 
     def say(self, messages: str | Sequence[dict[str, str]], max_new_tokens: int = 48) -> str:
-        """Prints the answer while it is made, and returns it."""
+        """Print the answer while it grows, and return it."""
         shown = ""
         for text in self.stream(messages, max_new_tokens):
             print(text[len(shown) :], end="", flush=True)
@@ -138,11 +142,11 @@ class Chat:
 
 
 def same_base(model: PeftModel) -> torch.nn.Module:
-    """A new base model, without any adapter, around the very weights of this one's base.
+    """Return a new base model without adapters that shares the weights of this model's base.
 
-    For ``verify_hotswap(..., base=...)``, which would make a copy otherwise: of this model, half a gigabyte. Since the
-    weights are the same memory, the verdict is about the adapter alone. It is built from the config, by transformers
-    alone, and PEFT then loads the adapter into it.
+    Pass it to ``verify_hotswap(..., base=...)``, which would otherwise copy the base: for this model, half a gigabyte.
+    Because the weights share memory, the verdict is about the adapter alone. Only transformers builds the base, from
+    its config, and PEFT then loads the adapter into it.
 
     >>> model, _ = demo.load("reverse")
     >>> base = same_base(model)
@@ -151,21 +155,21 @@ def same_base(model: PeftModel) -> torch.nn.Module:
     (True, False)
     """
     live = model.get_base_model()
-    with torch.device("meta"):  # no memory for weights that are replaced at once
+    with torch.device("meta"):  # no memory, because all weights are replaced below
         base = type(live)(live.config)
     own = {name.replace(".base_layer", ""): tensor for name, tensor in live.named_parameters() if "lora_" not in name}
-    base.load_state_dict(own, assign=True, strict=False)  # not strict: what is tied has one name only
+    base.load_state_dict(own, assign=True, strict=False)  # not strict, because tied weights have only one name here
     base.tie_weights()
-    base.model.rotary_emb = live.model.rotary_emb  # computed, not stored, and there is nothing on "meta"
+    base.model.rotary_emb = live.model.rotary_emb  # its buffers are computed, not stored, and "meta" has no values
     return base.eval()
 
 
 # --- exercise: two voices in one conversation ------------------------------------------------------------------------
 
-#: who answers which prompt, and how many tokens must be read for it. The fourth begins a conversation, the seventh one
-#: that differs in the middle only, with which the other adapter goes on; the next two are the same; then one differs in
-#: the last token only (33 for 3: as text, 33 begins with 3), and one has the same letters; before the last, which goes
-#: on by one token, as many tokens are read as the other had read
+#: The adapter that answers, the prompt, and the number of tokens to read. The fourth turn begins a conversation. The
+#: seventh differs in the middle only, and the other adapter continues it. The next two are the same. Then one differs
+#: in the last token only (33 for 3: as text, 33 begins with 3), and one has the same letters. The last but one reads as
+#: many tokens as the other adapter had read, and the last continues by one token.
 TURNS = (
     ("reverse", "hot>toh", 7),
     ("pig_latin", "hot>tohswap>", 12),
@@ -193,17 +197,14 @@ def take_turns(solution):
     chat, kept = Chat(model, tokenizer, chunk=8, room=96), {}
     pool.swap("pig_latin")
     chat.read(tokenizer("swap>", return_tensors="pt")["input_ids"][0])
-    read = chat.reader.read = Mock(wraps=chat.reader.read)  # notes the parts that it is given
+    read = chat.reader.read = Mock(wraps=chat.reader.read)  # records its arguments
     for number, (name, text, count) in enumerate(TURNS, 1):
         ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
         read.reset_mock()
         logits = solution(chat, pool, kept, name, ids)
         with torch.no_grad():
             expected = fresh[name](input_ids=torch.cat([ids, ids[:2]])[None]).logits[0]
-        kinds = [
-            (type(each).__name__, *getattr(each, "shape", ()), getattr(each, "dtype", ""))
-            for each in (logits, expected[-3])
-        ]
+        kinds = [(type(x).__name__, *getattr(x, "shape", ()), getattr(x, "dtype", "")) for x in (logits, expected[-3])]
         if kinds[0] != kinds[1]:
             yield "what you return", *kinds
             return

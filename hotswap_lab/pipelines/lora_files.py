@@ -3,6 +3,8 @@
 diffusers supports many key formats, and every pipeline class has a ``load_lora_weights`` of its own. None of that is
 repeated here: this module calls the pipeline's own function on a stand-in, whose components record their adapters
 instead of loading them. So each adapter is the one that a fresh load would get, and the pipeline is not changed.
+
+Tests: ``tests/pipelines/test_pipeline.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Batch: the rows of a model's batch, checked when the model is called, for all of its layers at once."""
+"""Batch: the rows of a model's batch, checked when the model is called, for all of its layers at once.
+
+Tests: ``tests/pools/test_row_pool.py``.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@
 own. The layers call this code as a variant of LoRA, which is PEFT's interface for that. A layer's input holds the rows
 one after the other, as blocks of its first axis: ``[batch, ...]``, or ``[batch * tokens, ...]``.
 :mod:`~hotswap_lab.pools.proof` shows that this is so, and that nothing mixes the rows before.
+
+Tests: ``tests/pools/test_row_kinds.py`` and ``tests/pools/test_row_pool.py``.
 """
 
 from dataclasses import dataclass

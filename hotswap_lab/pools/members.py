@@ -1,6 +1,8 @@
-"""The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed."""
+"""The adapters of a pool: packed in memory, dropped if memory is limited, and read again when they are needed.
 
-import errno
+Tests: ``tests/pools/test_adapter_pool.py``.
+"""
+
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from ..core.change import Change, apply
 from ..core.errors import listing, refused
 from ..core.journal import Journal
 from ..core.room import Packed
-from ..files.reading import read
+from ..files.reading import digest_of, read
 from .learners import Learned
 
 #: how many adapters a pool prints
@@ -34,8 +36,8 @@ class Member:
     notes: Sequence[str] = ()
     #: the path or Hub id to read it from again; None if it came from memory
     source: str | None = None
-    #: the folder's state when it was read, to notice that it has changed since
-    stamp: tuple[object, ...] | None = None
+    #: the hash of what was read, if it may be dropped and read again
+    digest: str | None = None
     #: the commit, if it was read from the Hub, where another one may be pushed
     revision: str | None = None
     #: the bytes that it takes when it is packed
@@ -114,10 +116,12 @@ class Members(dict[str, Member]):
 
     def _read(self, member: Member, source: object) -> Packed:
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-        stamp = _stamp_of(path, self.hub)
         adapter = read(source, **({**self.hub, "revision": member.revision} if member.revision else self.hub))
+        digest = None if path is None or self.max_bytes is None else digest_of(adapter)
+        if member.digest not in (None, digest):
+            raise refused("files_changed", name=member.name, source=source)
         packed = self.pack(member, adapter, not isinstance(source, tuple))
-        member.source, member.stamp, member.revision = path, stamp, adapter.revision
+        member.source, member.digest, member.revision = path, digest, adapter.revision
         member.nbytes = packed.nbytes
         return packed
 
@@ -125,8 +129,6 @@ class Members(dict[str, Member]):
         """A member's weights, read again if they were dropped."""
         packed = member.packed
         if packed is None:
-            if member.stamp != _stamp_of(member.source, self.hub):
-                raise refused("files_changed", name=member.name, source=member.source)
             packed = self._read(member, member.source)
             with self.lock:
                 drop(self.without_room(member, packed), Journal())
@@ -184,17 +186,3 @@ def _span(values: Sequence[float]) -> str:
         return "-"
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _stamp_of(path: str | None, hub: Mapping[str, Any]) -> tuple[object, ...] | None:
-    """A value that changes when an adapter's folder is written to. None if the path isn't a folder."""
-    if path is None:
-        return None
-    folder = os.path.join(path, hub.get("subfolder") or "")
-    try:
-        files = [file for file in os.scandir(folder) if file.name.startswith("adapter_") and file.is_file()]
-        return tuple(sorted((file.path, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-    except (OSError, ValueError) as error:  # another error must not look like a missing folder
-        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise
-        return None

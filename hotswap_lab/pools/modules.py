@@ -1,4 +1,7 @@
-"""Whole modules that are saved with an adapter, such as a classifier: they are packed and swapped with it."""
+"""Whole modules that are saved with an adapter, such as a classifier: they are packed and swapped with it.
+
+Tests: ``tests/pools/test_adapter_pool.py``.
+"""
 
 import copy
 import dataclasses

@@ -2,6 +2,8 @@
 
 Row 0 is the slot: the parameters are views of it, and PEFT shows and saves it. All tensors of one row are
 contiguous, so that one copy puts an adapter into a row.
+
+Tests: ``tests/pools/test_row_pool.py`` and ``tests/pools/test_arrangements.py``.
 """
 
 import contextlib

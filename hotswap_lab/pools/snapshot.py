@@ -1,4 +1,7 @@
-"""The adapters in a model before a swap, and the change that restores them with their present weights."""
+"""The adapters in a model before a swap, and the change that restores them with their present weights.
+
+Tests: ``tests/pools/test_adapter_pool.py`` and ``tests/pools/test_row_pool.py``.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,6 +4,8 @@ A *replica* is one model with one pool, and answers many requests at once, each 
 *register* knows which version of each adapter is live. ``hotswap-lab serve`` has one of each in one process. ``app``
 puts them behind Ray Serve: many replicas, on one machine or on many. ``serve run hotswap_lab.serving:app`` serves the
 embedded model on port 8000.
+
+Tests: ``tests/serving/test_cluster.py``.
 """
 
 from typing import Any
@@ -18,7 +20,7 @@ __all__ = ["BusyError", "Options", "Piece", "Register", "Replica", "Request", "S
 
 
 def app(args: dict[str, Any]) -> Any:
-    """The application, for ``serve run hotswap_lab.serving:app`` and ``serve.run(app({}))``.
+    """Build the application, for ``serve run hotswap_lab.serving:app`` and ``serve.run(app({}))``.
 
     Parameters
     ----------

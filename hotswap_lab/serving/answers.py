@@ -1,4 +1,4 @@
-"""A request to a replica, its answer on the way, and the pieces in which that is sent."""
+"""A request to a replica, the answer while it is computed, and the pieces that are sent."""
 
 import asyncio
 import contextlib
@@ -13,9 +13,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .sampling import Sampler, Sampling
 from .table import Version
 
-#: what tokenizers write for bytes that are no text
+#: the character that tokenizers decode invalid bytes to
 LOST = "\ufffd"
-#: the byte of each letter in the vocabularies of GPT-2 and its like
+#: the byte of each letter in vocabularies such as GPT-2's
 BYTES: dict[str, int] = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
@@ -41,8 +41,8 @@ class Token:
     """The name, log probability and bytes of a token, the most probable ones at its place, and where it begins.
 
     ``raw`` is what the token adds to the answer, so that those of all tokens are the answer's; None if the tokenizer
-    doesn't show them. ``name`` is their text. Part of a letter has OpenAI's ``bytes:\\xc3``. A token whose bytes are
-    unknown, or whose name another token at this place has already, has vLLM's ``token_id:7``.
+    doesn't show them. ``name`` is their text; for part of a letter, OpenAI's ``bytes:\\xc3``. If the bytes are unknown,
+    or another token at this place already has this name, it is vLLM's ``token_id:7``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Piece:
 
 
 class Answer:
-    """A request on its way: computed in one thread, listened to in another one's event loop."""
+    """The answer to a request. One thread computes it; the event loop of another one receives the pieces."""
 
     def __init__(self, request: Request, ids: list[int], replica: Any):
         self.request: Request = request
@@ -82,10 +82,10 @@ class Answer:
         self.raw: bytes | None = b""
         #: the last text that didn't end in part of a letter, and how many tokens it has
         self.complete: tuple[str, int] = "", 0
-        #: text that is not sent yet, and how many letters are in it or sent
+        #: text that is not sent yet, and the number of letters that are sent or in it
         self.text: str = ""
         self.ready: int = 0
-        #: the answer has ended, or its client has gone
+        #: whether the answer has ended, or its client has gone
         self.is_over: bool = False
 
     @property
@@ -102,30 +102,36 @@ class Answer:
         return part
 
     def send(self, piece: Piece | Exception) -> None:
-        if isinstance(piece, Exception) or piece.finish:  # and never back to False: the client may have gone meanwhile
+        if isinstance(piece, Exception) or piece.finish:  # never reset: the client may have gone meanwhile
             self.is_over = True
         with contextlib.suppress(RuntimeError):  # the event loop is closed, so the client has gone
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
     def take(self, logits: torch.Tensor, best: int) -> int:
-        """Chooses the next token, and sends the new part of the text."""
+        """Choose the next token, and send the new part of the text."""
         logits, previous = logits.float(), self.whole
         token = self.sampler.choose(logits, best, self.tokens)
         self.tokens.append(token)
         self.whole = self._read()
         if self.request.logprobs is not None:
             self._describe(previous, logits.log_softmax(-1), self.request.logprobs)
+        self._send_new_text(self._finish_at_length(token))
+        return token
+
+    def _finish_at_length(self, token: int) -> str | None:
+        """Return the reason why the answer ends after this token; None if it goes on."""
+        if token in self.replica.ends:
+            return "stop"
         most = self.request.max_tokens or self.replica.options.longest_answer
-        finish = "stop" if token in self.replica.ends else "length" if len(self.tokens) == most else None
+        return "length" if len(self.tokens) == most else None
+
+    def _send_new_text(self, finish: str | None) -> None:
+        """Send the text that is not sent yet, up to a stop string, which ends the answer."""
         text, stops = self.whole, self.request.stop
-        found = [at for at in map(text.find, stops) if at >= 0]
-        finish, text = ("stop", text[: min(found)]) if found else (finish, text)
-        # text that may be the start of a stop string is not sent yet
-        longest = [min(len(each), len(text) + 1) for each in stops]  # a client may send stops of 65,000 letters
-        starts = [each[:n] for each, most in zip(stops, longest, strict=True) for n in range(1, most)]
-        unsent = max((len(each) for each in starts if text.endswith(each)), default=0)
-        ready = len(text) if finish else len(text) - unsent
-        # so is a letter that takes several tokens
+        if positions := [text.find(stop) for stop in stops if stop in text]:
+            finish, text = "stop", text[: min(positions)]
+        ready = len(text) if finish else len(text) - _longest_start(stops, text)
+        # text after part of a letter, and text that may be the start of a stop string, is not sent yet
         if finish or (not text.endswith(LOST) and ready >= self.ready):
             self.text += text[self.ready : ready]
             self.ready = ready
@@ -133,12 +139,13 @@ class Answer:
             if finish or self.request.is_streamed:
                 self.send(Piece(self.text, finish, len(self.ids), len(self.tokens), tuple(self.described)))
                 self.text, self.described = "", []
-        return token
 
     def _read(self) -> str:
-        """The text of the tokens."""
+        """Decode the tokens."""
         text, (before, count) = self._decode(self.tokens), self.complete
-        if LOST in text and not text.startswith(before):  # Llama's decodes bytes in a row as a whole, or none of them
+        if LOST in text and not text.startswith(
+            before
+        ):  # Llama's tokenizer decodes all bytes in a row, or none of them
             last = count - 1
             text = before + self._decode(self.tokens[last:])[len(self._decode(self.tokens[last:count])) :]
         if not text.endswith(LOST):
@@ -146,30 +153,33 @@ class Answer:
         return text
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        # cleaning up spaces would change text that is sent already: "a ." becomes "a."
+        # cleaning up spaces would change text that was sent: "a ." becomes "a."
         return self.replica.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _describe(self, previous: str, values: torch.Tensor, most: int) -> None:
-        """Notes the log probability of the last token, and of the most probable ones at its place."""
-        token, best = self.tokens[-1], values.topk(min(most, len(values))).indices.tolist()
-        found: dict[int, Token] = {}
-        for each in dict.fromkeys([token, *best]):
-            added, other = self._added(previous, each), f"token_id:{each}"
-            name = other if added is None else _name(added)
-            is_taken = name in [earlier.name for earlier in found.values()]
-            found[each] = Token(other if is_taken else name, float(values[each]), added)
-        start, added = len(previous), found[token].raw
+        """Record the log probability of the last token, and of the most probable ones at its place."""
+        chosen, best = self.tokens[-1], values.topk(min(most, len(values))).indices.tolist()
+        tokens: dict[int, Token] = {}
+        for token in dict.fromkeys([chosen, *best]):
+            added = self._added(previous, token)
+            name = f"token_id:{token}" if added is None else _name(added)
+            if name in [earlier.name for earlier in tokens.values()]:
+                name = f"token_id:{token}"
+            tokens[token] = Token(name, float(values[token]), added)
+        start, added = len(previous), tokens[chosen].raw
         text = "" if added is None else added.decode(errors="replace")
         if text.encode() == added and self.whole.endswith(text):
             start = len(self.whole) - len(text)
         elif added and self.raw is not None:  # its first byte may belong to a letter that has begun before it
             start = len((self.raw + added[:1]).decode(errors="replace")) - 1
-        self.described.append(replace(found[token], top=tuple(map(found.__getitem__, best)), start=start))
-        is_known = None not in (self.raw, added)
-        self.raw = self.raw + added if is_known else None if LOST in self.whole else self.whole.encode()
+        self.described.append(replace(tokens[chosen], top=tuple(tokens[token] for token in best), start=start))
+        if self.raw is not None and added is not None:
+            self.raw += added
+        else:
+            self.raw = None if LOST in self.whole else self.whole.encode()
 
     def _added(self, previous: str, token: int) -> bytes | None:
-        """The bytes that a token adds to the answer, whose text was ``previous``; None if the tokenizer hides them."""
+        """Return the bytes that a token adds to the text ``previous``; None if the tokenizer hides them."""
         text = self._decode([*self.tokens[:-1], token])
         added = text[len(previous) :]
         if text.startswith(previous) and not previous.endswith(LOST) and LOST not in added:
@@ -177,24 +187,32 @@ class Answer:
         if LOST not in previous + text:  # a tokenizer that changes earlier text
             return None
         spelled = self._spelled(token)
-        is_other = None not in (spelled, self.raw) and LOST not in text and self.raw + spelled != text.encode()
-        return None if is_other else spelled
+        if spelled is not None and self.raw is not None and LOST not in text and self.raw + spelled != text.encode():
+            return None
+        return spelled
 
     def _spelled(self, token: int) -> bytes | None:
-        """The bytes of a token next to part of a letter, from its spelling, where the tokenizer decodes that alike."""
+        """Return the bytes of a token next to part of a letter, from its spelling, if decoding agrees with it."""
         alone, twice = self._decode([token]), self._decode([token, token])
         spelled = self.replica.tokenizer.convert_ids_to_tokens(token)
         if LOST not in twice:
             return twice[len(alone) :].encode()  # the first one may lack its space
         if re.fullmatch("<0x[0-9A-F]{2}>", spelled) and alone == LOST:
             return bytes.fromhex(spelled[3:5])
-        found = bytes(map(BYTES.get, spelled)) if {*spelled} <= BYTES.keys() else b""
-        if (found * 2).decode(errors="replace").endswith(twice):
-            return found
+        raw = bytes(BYTES[letter] for letter in spelled) if {*spelled} <= BYTES.keys() else b""
+        if (raw * 2).decode(errors="replace").endswith(twice):
+            return raw
         return alone.encode() if alone == spelled else None
 
 
-def _name(added: bytes) -> str:
-    """The text of some bytes, or themselves where they are none."""
-    text = added.decode(errors="replace")
-    return text if text.encode() == added else "bytes:" + "".join(f"\\x{each:02x}" for each in added)
+def _longest_start(stops: Sequence[str], text: str) -> int:
+    """Return the length of the longest start of a stop string that the text ends with."""
+    # not longer than the text: a client may send stops of 65,000 letters
+    starts = (stop[:length] for stop in stops for length in range(1, min(len(stop), len(text) + 1)))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
+
+
+def _name(raw: bytes) -> str:
+    """Return the text of some bytes; if they aren't text, name the bytes."""
+    text = raw.decode(errors="replace")
+    return text if text.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

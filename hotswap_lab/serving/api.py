@@ -28,12 +28,12 @@ from .sampling import Sampling
 from .table import UnknownAdapterError
 
 TEXT, CHAT = "text_completion", "chat.completion"
-#: fields that are no part of what the model reads or how it answers; they are ignored
+#: fields that affect neither the model's input nor its answer; they are ignored
 IGNORED = {"cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "request_id"}
 IGNORED |= {"prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "session_id"}
 IGNORED |= {"store", "stream_interval", "stream_options.include_obfuscation", "user", "messages.annotations"}
 IGNORED |= {"messages.content.cache_control", "messages.content.prompt_cache_breakpoint", "messages.refusal"}
-#: of fields that are not served, the values that change nothing, which clients repeat; null is one for any field
+#: of fields that are not served, the values that change nothing, because clients send defaults; null always does
 OFF = (
     "continue_final_message echo ignore_eos include_stop_str_in_output messages.prefix return_prompt_text watermarking"
 )
@@ -45,7 +45,7 @@ NOTHING |= dict.fromkeys(EMPTY.split(), ([],)) | dict.fromkeys(["function_call",
 NOTHING |= dict(best_of=(1,), chat_template_kwargs=({},), length_penalty=(1,), min_tokens=(0,), modalities=(["text"],))
 NOTHING |= dict(response_format=({"type": "text"},), suffix=("",), verbosity=("medium",))
 #: the fields that a request to a replica has, too
-SAMPLING = {each.name for each in fields(Sampling)}
+SAMPLING = {field.name for field in fields(Sampling)}
 
 
 class TokenError(HotswapError):
@@ -62,16 +62,16 @@ Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Object(BaseModel, extra="allow", strict=True):
-    """An object in a request. Text is no number, and what is not in the model is noted."""
+    """An object in a request. Text isn't converted to numbers, and fields that are not in the model are kept."""
 
     def others(self, before: str = "") -> Iterator[tuple[str, Any]]:
-        """The fields that are not in the model, and their values, also those of the objects inside."""
+        """Yield the fields that are not in the model, and their values, also of the objects inside."""
         yield from ((before + name, value) for name, value in (self.model_extra or {}).items())
         for name in type(self).model_fields:
             value = getattr(self, name)
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, Object):
-                    yield from each.others(f"{before}{name}.")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Object):
+                    yield from item.others(f"{before}{name}.")
 
 
 class StreamOptions(Object):
@@ -83,7 +83,8 @@ class Asked(Object, Sampling):
     """The fields that completions and chats share.
 
     - ``model``: an adapter, the base model, or a mix such as ``pirate:0.7+haiku:0.3``, with weights from 0 to 100.
-    - ``max_tokens`` and ``max_completion_tokens``: the longest answer. Default: the longest that the server allows.
+    - ``max_tokens``, or its newer name ``max_completion_tokens``: the longest answer. Default: the longest that the
+      server allows. A request with both names needs the same number for both.
     - ``temperature``: 0 takes the most probable token each time; above that, tokens are drawn.
     - ``top_k``: draw from that many of the most probable tokens; 0 or -1 is all.
     - ``top_p``: of these, draw from the most probable ones that together have this probability.
@@ -141,7 +142,7 @@ class Message(Object):
     content: str | list[Part]
 
     def written(self) -> dict[str, str]:
-        """The message as a chat template takes it."""
+        """Return the message in the form of a chat template."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
 
@@ -171,7 +172,7 @@ class Middleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         start, size, status, has_more = time.perf_counter(), 0, "500", scope["type"] == "http"
 
-        async def counted() -> Any:
+        async def receive_limited() -> Any:
             nonlocal size, has_more
             try:
                 message = await asyncio.wait_for(receive(), BODY_SECONDS if has_more else None)
@@ -183,30 +184,30 @@ class Middleware:
             has_more = message.get("more_body", False)
             return message
 
-        async def noted(message: Any) -> None:
+        async def send_recorded(message: Any) -> None:
             nonlocal status
             status = str(message.get("status", status))
             await send(message)
 
         try:
-            await self.app(scope, counted, noted)
+            await self.app(scope, receive_limited, send_recorded)
         finally:
             if scope.get("path") in PATHS:
                 self.metrics.whole.labels(scope["path"], status).observe(time.perf_counter() - start)
 
 
 def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt: int = 0) -> FastAPI:
-    """The application, for whatever serves ASGI.
+    """Build the application, for any ASGI server.
 
     Parameters
     ----------
     backend:
-        What answers: ``table``, ``answer(request)`` as of a :class:`Replica`, ``await change(paths)`` as of a
+        An object with ``table``, ``answer(request)`` as of a :class:`Replica`, ``await change(paths)`` as of a
         :class:`Register`, and ``await states()`` of all replicas.
     base:
         The name of the model without an adapter.
     token:
-        What an admin call has to send. Without one there are no admin calls.
+        The token of admin calls. Without one there are no admin calls.
     longest_prompt:
         In tokens; 0 is 1024. A body may have 64 bytes for each of them, and 64 KiB.
     """
@@ -218,19 +219,19 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     @api.exception_handler(AnyHTTPException)
     async def answer_error(call: Call, error: Any) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            wrong = [f"{'.'.join(map(str, field['loc']))}: {field['msg']}" for field in error.errors()]
             if isinstance(error.body, bytes):  # FastAPI parses the body only if its header says what it is
                 wrong = [f"content-type: {call.headers.get('content-type')}, where application/json is expected"]
             error = refused("bad_fields", found="; ".join(wrong))
-        status, told = _error(error)
-        return JSONResponse(told, status, {"Retry-After": "1"} if status == 503 else None)
+        status, body = _error(error)
+        return JSONResponse(body, status, {"Retry-After": "1"} if status == 503 else None)
 
     async def admin(authorization: str = Header("")) -> None:
         if not token or not hmac.compare_digest(authorization.encode("latin-1"), f"Bearer {token}".encode()):
             raise TokenError(refusal("no_token"))
 
     async def live() -> list[dict[str, Any]]:
-        """The states of the replicas; none while no request would be answered."""
+        """Return the states of the replicas; none while no request would be answered."""
         return await backend.states() if backend.table.number else []
 
     @api.get("/healthz")
@@ -248,14 +249,14 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     async def models() -> Any:
         if not (states := await live()):
             raise BusyError(refusal("starting"))
-        known = dict(object="model", created=0, owned_by="", dtype=states[0]["dtype"])
-        return {"object": "list", "data": [{"id": name} | known for name in (base, *backend.table.versions)]}
+        fields = dict(object="model", created=0, owned_by="", dtype=states[0]["dtype"])
+        return {"object": "list", "data": [{"id": name} | fields for name in (base, *backend.table.versions)]}
 
     async def changed(call: Call, adapters: Mapping[str, str | None]) -> dict[str, int]:
         versions = (await backend.change(adapters)).versions
-        news = (str(versions.get(name, f"{name} removed")) for name in adapters)
-        logging.getLogger("ray.serve").info("%s: %s", call.url.path, ", ".join(news))
-        return {name: each.number for name, each in versions.items()}
+        changes = (str(versions.get(name, f"{name} removed")) for name in adapters)
+        logging.getLogger("ray.serve").info("%s: %s", call.url.path, ", ".join(changes))
+        return {name: version.number for name, version in versions.items()}
 
     @api.post("/admin/adapters", dependencies=[Depends(admin)])
     async def change(call: Call, adapters: dict[str, str | None]) -> Any:
@@ -284,7 +285,7 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
         return await answered(call, asked, prompt, CHAT, (asked.top_logprobs or 0) if asked.logprobs else None)
 
     async def begun(request: Request, prompt: str) -> AsyncGenerator[Piece, None]:
-        """The pieces of one answer, the first of them after a prompt, and timed if it is one of several."""
+        """Yield the pieces of one answer, the first with the prompt before it, and measure the time to it."""
         start, has_begun = time.perf_counter(), not request.is_streamed
         async with contextlib.aclosing(backend.answer(request)) as pieces:
             async for piece in pieces:
@@ -296,15 +297,21 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
     async def answered(call: Call, asked: Asked, prompt: Any, kind: str, logprobs: int | None, echo: str = "") -> Any:
         if not prompt:
             raise refused("no_prompt", field="prompt" if kind == TEXT else "messages")
-        nothing = NOTHING | {"add_special_tokens": (kind == TEXT,)}
+        harmless = NOTHING | {"add_special_tokens": (kind == TEXT,)}
         for name, value in asked.others():
-            if value is None or name in IGNORED or value in nothing.get(name, ()):
+            if value is None or name in IGNORED or value in harmless.get(name, ()):
                 continue
             # 0.85, because no field of another server is that close to one of ours
             if meant := get_close_matches(name.lower(), type(asked).model_fields, 1, 0.85):
                 raise refused("misspelled_field", field=name, meant=meant[0])
-            known = " or ".join(map(json.dumps, [None, *nothing.get(name, ())]))
-            raise refused("unknown_field", field=name, value=reprlib.repr(value), nothing=known)
+            expected = " or ".join(map(json.dumps, [None, *harmless.get(name, ())]))
+            raise refused("unknown_field", field=name, value=reprlib.repr(value), nothing=expected)
+        lengths = {asked.max_tokens, asked.max_completion_tokens} - {None}
+        if len(lengths) > 1:
+            found = (
+                f"max_tokens={asked.max_tokens} and max_completion_tokens={asked.max_completion_tokens}, which differ"
+            )
+            raise refused("bad_fields", found=found)
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
             json.dumps([prompt, stop], ensure_ascii=False).encode()
@@ -312,23 +319,23 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
             raise refused("no_text", error=error) from None
         if not backend.table.number:
             raise BusyError(refusal("starting"))
-        shares, most = backend.table.shares(asked.model, base), asked.max_completion_tokens or asked.max_tokens
+        shares = backend.table.shares(asked.model, base)
         # OpenAI's field for the state of the server holds the versions that answer
-        versions = "+".join(f"{each}:{weight:g}" if weight != 1 else f"{each}" for each, weight in shares.items())
+        versions = "+".join(f"{v}:{weight:g}" if weight != 1 else str(v) for v, weight in shares.items())
         frame = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": asked.model}
         frame["system_fingerprint"] = versions or base
         how = asked.model_dump(include=SAMPLING)
-        how |= dict(prompt=prompt, shares=shares, max_tokens=most, stop=stop, logprobs=logprobs)
+        how |= dict(prompt=prompt, shares=shares, max_tokens=next(iter(lengths), None), stop=stop, logprobs=logprobs)
         requests = [Request(**how, is_streamed=bool(asked.stream))] * (asked.n or 1)
         if asked.seed is not None:
-            requests = [replace(each, seed=asked.seed + index) for index, each in enumerate(requests)]
-        pieces = _merged([begun(each, echo) for each in requests])
+            requests = [replace(request, seed=asked.seed + index) for index, request in enumerate(requests)]
+        pieces = _merged([begun(request, echo) for request in requests])
         if asked.stream:
             has_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             first = await anext(pieces)  # until here, an error has a status of its own
             return StreamingResponse(_events(first, pieces, kind, frame, has_usage), media_type="text/event-stream")
         if (ends := await _while_there(call, pieces)) is None:
-            return Response(status_code=499)  # nginx's for a client that has gone; nobody reads it
+            return Response(status_code=499)  # nginx's status for a client that has gone
         choices = [_choice(index, ends[index], kind) for index in range(len(requests))]
         return {**frame, "object": kind, "choices": choices, "usage": _usage([*ends.values()])}
 
@@ -336,25 +343,25 @@ def openai_api(backend: Any, base: str, token: str | None = None, longest_prompt
 
 
 async def _while_there(call: Call, pieces: AsyncGenerator[tuple[int, Piece], None]) -> dict[int, Piece] | None:
-    """The last piece of each answer; None if the client goes away meanwhile, which ends the computing."""
+    """Return the last piece of each answer; None if the client goes away, which ends the computation."""
 
     async def read() -> dict[int, Piece]:
         async with contextlib.aclosing(pieces):
-            return dict([each async for each in pieces])
+            return {index: piece async for index, piece in pieces}
 
-    # the body has been read, so that the next message can only be that the client has gone
+    # the body has been read, so the next message can only be that the client has gone
     reading, leaving = asyncio.ensure_future(read()), asyncio.ensure_future(call.receive())
     try:
         await asyncio.wait([reading, leaving], return_when=asyncio.FIRST_COMPLETED)
         return await reading if reading.done() else None
     finally:
-        for each in (reading, leaving):
-            each.cancel()
+        reading.cancel()
+        leaving.cancel()
         await asyncio.gather(reading, leaving, return_exceptions=True)
 
 
 async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several answers as they come, each with the index of its answer. An error ends them all."""
+    """Yield the pieces of several answers as they come, with the index of the answer. An error ends them all."""
     queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
 
     async def read(index: int, pieces: AsyncGenerator[Piece, None]) -> None:
@@ -368,15 +375,15 @@ async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
         finally:  # also where the backend cancels the answer
             queue.put_nowait(end)
 
-    tasks = [asyncio.create_task(read(*each)) for each in enumerate(answers)]
+    tasks = [asyncio.create_task(read(index, pieces)) for index, pieces in enumerate(answers)]
     try:
         running = len(tasks)
         while running:
-            got = await queue.get()
-            if isinstance(got, Exception):
-                raise got
-            if got:
-                yield got
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item:
+                yield item
             else:
                 running -= 1
     finally:
@@ -386,11 +393,12 @@ async def _merged(answers: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
 
 
 def _choice(index: int, piece: Piece, kind: str, is_part: bool = False) -> dict[str, Any]:
-    """An answer, or a piece of it, as OpenAI writes it."""
+    """Return an answer, or a piece of it, in OpenAI's format."""
     logprobs = _logprobs(piece.tokens, kind) if piece.tokens else None
-    message = {"role": "assistant", "content": piece.text}
-    said = {"text": piece.text} if kind == TEXT else {"delta" if is_part else "message": message}
-    return {"index": index, "finish_reason": piece.finish, "logprobs": logprobs, **said}
+    choice = {"index": index, "finish_reason": piece.finish, "logprobs": logprobs}
+    if kind == TEXT:
+        return choice | {"text": piece.text}
+    return choice | {"delta" if is_part else "message": {"role": "assistant", "content": piece.text}}
 
 
 def _logprobs(tokens: Sequence[Token], kind: str) -> dict[str, Any]:
@@ -405,28 +413,28 @@ def _logprobs(tokens: Sequence[Token], kind: str) -> dict[str, Any]:
 
 
 def _chosen(token: Token) -> dict[str, Any]:
-    """A token as chats have it."""
-    known = None if token.raw is None else [*token.raw]
-    return {"token": token.name, "logprob": _logprob(token), "bytes": known}
+    """Return a token in the format of chats."""
+    raw = None if token.raw is None else [*token.raw]
+    return {"token": token.name, "logprob": _logprob(token), "bytes": raw}
 
 
 def _logprob(token: Token) -> float:
-    """JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
+    """Return the log probability. JSON has no infinity, so a token that can't be drawn has vLLM's -9999."""
     return max(token.logprob, -9999.0)
 
 
 def _usage(ends: Sequence[Piece]) -> dict[str, int]:
-    """What all answers to a request have used; they share the prompt."""
+    """Count the tokens of all answers to a request; they share the prompt."""
     counts = {"prompt_tokens": ends[0].prompt_tokens, "completion_tokens": sum(end.completion_tokens for end in ends)}
     return counts | {"total_tokens": sum(counts.values())}
 
 
 def _error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The HTTP status of an error, and what OpenAI's API writes of it."""
-    known = [status for kind, status in STATUS.items() if isinstance(error, kind)]
-    status = known[0] if known else getattr(error, "status_code", 400)
-    said = advise(error, IN_SERVERS) if isinstance(error, HotswapError) else getattr(error, "detail", error)
-    text = str(said).replace(", all in the `refusals` of this error", "")  # a client has no more than the text
+    """Return the HTTP status of an error, and its body in OpenAI's format."""
+    statuses = [status for kind, status in STATUS.items() if isinstance(error, kind)]
+    status = statuses[0] if statuses else getattr(error, "status_code", 400)
+    message = advise(error, IN_SERVERS) if isinstance(error, HotswapError) else getattr(error, "detail", error)
+    text = str(message).replace(", all in the `refusals` of this error", "")  # a client gets only the text
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
@@ -434,22 +442,22 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
 async def _events(
     first: tuple[int, Piece], rest: Any, kind: str, frame: dict[str, str | int], has_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """The answers as a stream. A client that goes away ends it, and the computing with it."""
-    ends, got = [], first
+    """Yield the answers as a stream of events. A client that goes away ends it, and the computation."""
+    ends, item = [], first
 
-    def written(choices: list[Any], usage: Any = None) -> str:
+    def event(choices: list[Any], usage: Any = None) -> str:
         name = f"{kind}.chunk" if kind == CHAT else kind
         return f"data: {json.dumps({**frame, 'object': name, 'choices': choices, 'usage': usage})}\n\n"
 
     async with contextlib.aclosing(rest):
         try:
-            while got:
-                index, piece = got
-                yield written([_choice(index, piece, kind, True)])
+            while item:
+                index, piece = item
+                yield event([_choice(index, piece, kind, True)])
                 ends += [piece] if piece.finish else []
-                got = await anext(rest, None)
+                item = await anext(rest, None)
             if has_usage and ends:
-                yield written([], _usage(ends))
+                yield event([], _usage(ends))
             yield "data: [DONE]\n\n"
         except HotswapError as error:
             yield f"data: {json.dumps(_error(error)[1])}\n\n"

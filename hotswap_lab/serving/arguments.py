@@ -1,7 +1,10 @@
-"""What a server is started with: checked before anything starts, and the same with Ray Serve and without."""
+"""The arguments of a server, with and without Ray Serve. They are checked before anything starts.
+
+Tests: ``tests/serving/test_build.py``.
+"""
 
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .. import demo
 from ..beyond.base_values import copies_for
 from ..core.errors import HotswapError, listing, refusal, refused
+from ..core.numerals import integer
 from ..files.hub import fetch
 from ..files.reading import read
 from .replica import Options, Replica
@@ -22,10 +26,10 @@ from .table import Version, check_rank
 #: for the embedded model
 DEMO: dict[str, Any] = {"base": str(demo.BASE_DIR), "adapters": str(demo.ADAPTERS_DIR), "target_rank": 48}
 DEMO |= {"longest_prompt": 32, "longest_answer": 32}
-#: the numbers among the arguments, with their defaults; where that is a number other than 0, it must be positive
+#: the numbers among the arguments, with their defaults; if the default isn't 0, the number must be positive
 NUMBERS: dict[str, int] = {"replicas": 1}
-NUMBERS |= {each.name: each.default for each in fields(Options) if isinstance(each.default, int)}
-TEXTS: list[str] = [each.name for each in fields(Options) if isinstance(each.default, str)]
+NUMBERS |= {option.name: option.default for option in fields(Options) if isinstance(option.default, int)}
+TEXTS: list[str] = [option.name for option in fields(Options) if isinstance(option.default, str)]
 
 
 @dataclass(frozen=True)
@@ -41,40 +45,40 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Arguments":
-        """One error lists everything that is wrong."""
+        """Check the arguments. One error lists everything that is wrong."""
         defaults = {"adapters": ""} if "base" in args else DEMO
-        given = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **defaults, **args}
-        base, adapters, token = (given.pop(each) for each in ("base", "adapters", "token"))
-        name, wrong, known = base if "base" in args else "demo", [], [*NUMBERS, *TEXTS]
-        if unknown := [each for each in given if each not in known]:
-            known = ["base", "adapters", "token", *known]
-            wrong.append(refusal("unknown_argument", found=listing(unknown), known=", ".join(known)))
+        values = {"token": os.environ.get("HOTSWAP_ADMIN_TOKEN"), **defaults, **args}
+        base, adapters, token = (values.pop(name) for name in ("base", "adapters", "token"))
+        model, refusals = base if "base" in args else "demo", []
+        if unknown := [name for name in values if name not in (*NUMBERS, *TEXTS)]:
+            known = ", ".join(["base", "adapters", "token", *NUMBERS, *TEXTS])
+            refusals.append(refusal("unknown_argument", found=listing(unknown), known=known))
 
-        def tried(check: Callable, *values: Any) -> Any:
+        def checked(check: Callable, *arguments: Any) -> Any:
             try:
-                return check(*values)
+                return check(*arguments)
             except HotswapError as error:
-                wrong.extend(error.refusals)
+                refusals.extend(error.refusals)
 
-        numbers = {each: tried(_number, each, given.get(each, default)) for each, default in NUMBERS.items()}
+        numbers = {name: checked(_number, name, values.get(name, default)) for name, default in NUMBERS.items()}
         replicas = numbers.pop("replicas")
-        options = Options(**numbers, **{each: str(given.get(each, "")) for each in TEXTS})
+        options = Options(**numbers, **{name: str(values.get(name, "")) for name in TEXTS})
         if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
-            wrong.append(refusal("bad_dtype", dtype=options.dtype))
-        if not wrong:
-            options = tried(_for_base, options, base)
-        folders = tried(folders_of, adapters)
+            refusals.append(refusal("bad_dtype", dtype=options.dtype))
+        if not refusals:
+            options = checked(_for_base, options, base)
+        folders = checked(folders_of, adapters)
         if adapters and folders == {}:
-            wrong.append(refusal("no_adapters", found=adapters))
-        for each, path in (folders or {}).items():
-            tried(_check_adapter, each, path, name, options.target_rank if options else 0)
-        if wrong:
-            raise HotswapError(*wrong)
-        return cls(base, name, folders, options, str(token or ""), replicas)
+            refusals.append(refusal("no_adapters", found=adapters))
+        for name, path in (folders or {}).items():
+            checked(_check_adapter, name, path, model, options.target_rank if options else 0)
+        if refusals:
+            raise HotswapError(*refusals)
+        return cls(base, model, folders, options, str(token or ""), replicas)
 
 
 def load_replica(base: str, versions: Sequence[Version], options: Options) -> Replica:
-    """A replica of a language model in a folder or on the Hub."""
+    """Load a language model from a folder or the Hub, and make a replica of it."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if base == str(demo.BASE_DIR):
@@ -91,20 +95,21 @@ def load_replica(base: str, versions: Sequence[Version], options: Options) -> Re
 
 
 def folders_of(adapters: str | Mapping[str, str]) -> dict[str, str]:
-    """Adapters by name, from a folder of them, or from ``name=path,name=path``."""
+    """Return adapters by name, from a folder of them, or from ``name=path,name=path``."""
     if not isinstance(adapters, str):
         return {str(name): str(path) for name, path in adapters.items()}
     if "=" in adapters and not os.path.isdir(adapters):  # Hydra names folders lr=0.1
-        return named_once([(name, path) for name, _, path in (each.partition("=") for each in adapters.split(","))])
+        pairs = [pair.partition("=") for pair in adapters.split(",")]
+        return named_once([(name, path) for name, _, path in pairs])
     configs = Path(adapters).glob("*/adapter_config.json") if adapters else ()
     return {path.parent.name: str(path.parent) for path in sorted(configs)}
 
 
 def named_once(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The values by name; refuses a name that comes twice."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise refused("named_twice", names=listing(map(repr, twice)))
+    """Return the values by name; refuse a name that comes twice."""
+    counts = Counter(name for name, _ in pairs)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise refused("named_twice", names=listing(map(repr, repeated)))
     return dict(pairs)
 
 
@@ -113,10 +118,10 @@ def _number(name: str, value: object) -> int:
     least = int(default > 0 and default is not True)
     if isinstance(default, bool):
         text = {"true": "1", "false": "0"}.get(text, text)
-    # not all that Python reads, such as 1_0 for 10, nor more digits than it does
-    if re.fullmatch("[0-9]{1,18}", text) and int(text) >= least:
-        return int(text)
-    raise refused("bad_number", name=name, value=value, least=least)
+    number = integer(text)
+    if number is None or number < least:
+        raise refused("bad_number", name=name, value=value, least=least)
+    return number
 
 
 def _for_base(options: Options, base: str) -> Options:

@@ -1,6 +1,6 @@
-"""Replicas behind Ray Serve: a front with OpenAI's API, a register, and as many replicas as are wanted.
+"""Replicas behind Ray Serve: a front with OpenAI's API, a register, and any number of replicas.
 
-Ray Serve routes, scales, restarts and counts. Ours is what it asks for: a class for each of the three, and ``app``.
+Ray Serve routes, scales, restarts and counts. This module has a class for each of the three deployments.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from .table import Register, Table, Version
 LOG = logging.getLogger("ray.serve")
 #: the names of the deployments, in a Serve config file too
 FRONT, REGISTER, REPLICA = "Front", "Register", "Replica"
-#: the register is asked ten times a second, and a replica for each request that the front has logged already
+#: no access log: each front asks the register ten times a second, and logs the requests that it sends to replicas
 QUIET = {"enable_access_log": False}
 
 
 @contextlib.contextmanager
-def in_our_words() -> Iterator[None]:
-    """Turns Ray's errors into the one that a deployment raised, or a refusal that says why no answer came."""
+def ray_errors_translated() -> Iterator[None]:
+    """Replace Ray's errors by the error that a deployment raised, or by a refusal with the reason."""
     try:
         yield
     except (RayActorError, DeploymentUnavailableError):
@@ -38,7 +38,7 @@ def in_our_words() -> Iterator[None]:
         raise BusyError(refusal("too_many_wait")) from None
     except asyncio.TimeoutError:
         raise LateError(refusal("too_late")) from None
-    except RayTaskError as error:  # which is one of those, too, if that was raised there
+    except RayTaskError as error:  # it is also one of the above, if a deployment raised one of those
         raise error.cause from None
 
 
@@ -53,21 +53,21 @@ class RegisterDeployment(Register):
         except HotswapError:
             if not self.table.number:
                 raise
-            # raising it here would make Serve stop the register
+            # an error here would make Serve stop the register
             LOG.exception("The adapters stay as they are.")
 
     async def load(self, versions: Sequence[Version]) -> None:
         if self.table.number:  # the replicas wait for the first table
-            with in_our_words():
+            with ray_errors_translated():
                 loading = serve.get_deployment_handle(REPLICA).broadcast("load", versions)
                 for error in await loading.results_async(return_exceptions=True):
-                    if isinstance(error, RayTaskError):  # one that is lost will read the table that is in force then
+                    if isinstance(error, RayTaskError):  # a lost replica reads the current table when it restarts
                         raise error
 
 
 @serve.deployment(name=REPLICA, logging_config=QUIET)
 class ReplicaDeployment:
-    """One replica of perhaps many, with its own copy of the model."""
+    """A replica with its own copy of the model."""
 
     async def __init__(self, base: str, options: Options):
         table = await serve.get_deployment_handle(REGISTER).adopt.remote()
@@ -76,15 +76,15 @@ class ReplicaDeployment:
             await self._replica.warm()
 
         @serve.multiplexed(max_num_models_per_replica=self._replica.held)
-        async def note(key: str) -> str:
-            """Serve sends a request that names a key to a replica that has noted it."""
+        async def hold(key: str) -> str:
+            """Serve sends a request with a key to a replica that was called with it."""
             return key
 
-        self._note = note
+        self._hold = hold
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         if key := serve.get_multiplexed_model_id():
-            await self._note(key)
+            await self._hold(key)
         async with contextlib.aclosing(self._replica.answer(request)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -99,7 +99,7 @@ class ReplicaDeployment:
 @serve.deployment(name=FRONT, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)
 @serve.ingress()
 class Front:
-    """OpenAI's API: knows the table in force, and asks a replica, or another one if that is lost."""
+    """OpenAI's API: has the current table, and asks a replica, or another one if that is lost."""
 
     async def __init__(self, name: str, token: str | None, options: Options, replicas: Any, register: Any):
         self._name, self._token, self._options = name, token, options
@@ -112,7 +112,7 @@ class Front:
 
     async def _follow(self) -> None:
         while await asyncio.sleep(0.1, True):
-            with contextlib.suppress(Exception):  # the register may be restarting, and adopts this table then
+            with contextlib.suppress(Exception):  # the register may be restarting; it adopts this table then
                 if await self._register.number.remote() != self.table.number:
                     await self.adopt(await self._register.adopt.remote(self.table))
 
@@ -125,7 +125,7 @@ class Front:
         for is_last in (False, True):
             pieces, has_begun, has_ended = handle.answer.remote(request), False, False
             try:
-                with in_our_words():
+                with ray_errors_translated():
                     while piece := await asyncio.wait_for(anext(pieces, None), self._options.timeout):
                         has_begun = True
                         yield piece
@@ -136,12 +136,12 @@ class Front:
                     raise
             finally:
                 if not has_ended:
-                    with contextlib.suppress(Exception):  # it raises the error that ended the call again
+                    with contextlib.suppress(Exception):  # it raises again the error that ended the call
                         pieces.cancel()
 
     async def change(self, paths: Mapping[str, str | None]) -> Table:
-        with in_our_words():
-            # a register that has just restarted would otherwise change an older table, which the fronts ignore
+        with ray_errors_translated():
+            # otherwise a register that has just restarted would change an older table, and the fronts would ignore it
             await self._register.adopt.remote(self.table)
             await self.adopt(await asyncio.wait_for(self._register.change.remote(paths), self._options.timeout))
             # the next request may go to another front
@@ -151,18 +151,18 @@ class Front:
 
     async def states(self) -> list[dict[str, Any]]:
         states: list[Any] = []
-        with contextlib.suppress(BusyError), in_our_words():  # while the first replica is starting
-            asked = self._replicas.broadcast("state")
-            states = await asked.results_async(return_exceptions=True, timeout_s=min(5, self._options.timeout))
-        return [each for each in states if isinstance(each, dict)]  # and not of one that has just been lost
+        with contextlib.suppress(BusyError), ray_errors_translated():  # while the first replica is starting
+            replies = self._replicas.broadcast("state")
+            states = await replies.results_async(return_exceptions=True, timeout_s=min(5, self._options.timeout))
+        return [state for state in states if isinstance(state, dict)]  # a lost replica has an error instead
 
 
 def build(args: dict[str, Any]) -> Any:
     """See :func:`hotswap_lab.serving.app`."""
-    given = Arguments.of(args)
-    options = given.options
+    arguments = Arguments.of(args)
+    options = arguments.options
     most = dict(max_ongoing_requests=2 * options.rows, max_queued_requests=options.queue)
-    replica = ReplicaDeployment.options(num_replicas=given.replicas, **most).bind(given.base, options)
-    register = RegisterDeployment.options(user_config={"adapters": given.adapters}).bind(given.name)
-    front = Front.options(num_replicas=2 if given.replicas >= 4 else 1)
-    return front.bind(given.name, given.token, options, replica, register)
+    replica = ReplicaDeployment.options(num_replicas=arguments.replicas, **most).bind(arguments.base, options)
+    register = RegisterDeployment.options(user_config={"adapters": arguments.adapters}).bind(arguments.name)
+    front = Front.options(num_replicas=2 if arguments.replicas >= 4 else 1)
+    return front.bind(arguments.name, arguments.token, options, replica, register)

@@ -1,4 +1,7 @@
-"""What a server tells Prometheus at ``/metrics``: its requests as they were answered, and the state of its replicas."""
+"""The metrics for Prometheus at ``/metrics``: the times of requests, and the state of the replicas.
+
+Tests: ``tests/serving/test_api.py``.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,14 +14,14 @@ from .table import Table
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 #: the requests that are measured
 PATHS = ("/v1/completions", "/v1/chat/completions")
-#: what is told of each replica, by the names in its state
+#: the metrics of each replica, by the names in its state
 GAUGES = {"rows_in_use": "Rows with a request", "waiting": "Requests in the queue"}
 COUNTERS = {"requests": "Answers begun", "prompt_tokens": "Tokens of prompts", "tokens": "Tokens of answers"}
 COUNTERS |= {"swaps": "Adapters written into a row"}
 
 
 class Metrics:
-    """The numbers of one application. Its registry is its own, so that two applications in a process don't mix."""
+    """The metrics of one application. It has a registry of its own, so two applications in a process don't mix."""
 
     def __init__(self) -> None:
         self.registry: CollectorRegistry = CollectorRegistry()
@@ -29,13 +32,13 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """The state, as a registry wants it."""
+        """Yield the state. A registry calls this."""
         yield from self.state
 
     def text(self, states: Sequence[Mapping[str, Any]], table: Table) -> bytes:
-        """All numbers, as Prometheus reads them."""
+        """Return all metrics in the format of Prometheus."""
         self.state = [CounterMetricFamily("hotswap_lab_changes", "Changes of adapters", table.number)]
-        versions = GaugeMetricFamily("hotswap_lab_adapter_version", "The version in force", labels=["adapter"])
+        versions = GaugeMetricFamily("hotswap_lab_adapter_version", "The live version", labels=["adapter"])
         for name, version in table.versions.items():
             versions.add_metric([name], version.number)
         self.state.append(versions)

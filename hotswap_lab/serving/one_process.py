@@ -17,29 +17,29 @@ from .arguments import Arguments, load_replica
 from .replica import BusyError, LateError, Replica
 from .table import Register, Table, Version
 
-#: seconds for the head of a connection's first request, and for answers to end once the server is told to
+#: seconds for the head of a connection's first request, and for answers to end when the server is stopped
 HEAD_SECONDS, END_SECONDS = 30, 30
-#: connections that wait, and that asyncio accepts at a time: four times as many are open before one of them is closed
+#: connections that may wait, and that asyncio accepts at a time: four times as many are open before one is closed
 WAITING, AT_A_TIME = 128, 16
-#: of each process, which needs other files, too
+#: the limit of each process, which needs files for other things, too
 MOST_CONNECTIONS = 800
-with contextlib.suppress(ImportError):  # on Windows there is no such limit
+with contextlib.suppress(ImportError):  # Windows has no such limit
     import resource
 
     MOST_CONNECTIONS = min(10_000, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100 - 4 * AT_A_TIME))
 
 
 class PortError(HotswapError):
-    """The server can't listen where it is told to."""
+    """The server can't listen at this host and port."""
 
 
 class OneProcess(Register):
-    """What answers behind the API: :meth:`start` reads the model, and until then all requests are refused as too early.
+    """The backend of the API. :meth:`start` reads the model; until then, all requests are refused as too early.
 
     Parameters
     ----------
     arguments:
-        See :meth:`Arguments.of`. There is one replica, whatever their number of replicas is.
+        See :meth:`Arguments.of`. There is one replica; their number of replicas is ignored.
     """
 
     def __init__(self, arguments: Arguments):
@@ -49,10 +49,10 @@ class OneProcess(Register):
 
     async def start(self) -> None:
         """Read the adapters and the model."""
-        given = self.arguments
-        versions = list((await super().change(given.adapters)).versions.values())
-        replica = await asyncio.to_thread(load_replica, given.base, versions, given.options)
-        if given.options.warm:
+        arguments = self.arguments
+        versions = list((await super().change(arguments.adapters)).versions.values())
+        replica = await asyncio.to_thread(load_replica, arguments.base, versions, arguments.options)
+        if arguments.options.warm:
             print("The model is loaded. Warming up ...", flush=True)
             await replica.warm()
         self._started = replica
@@ -65,7 +65,7 @@ class OneProcess(Register):
         return self._started
 
     async def change(self, paths: Mapping[str, str | None], is_all: bool = False) -> Table:
-        _ = self.replica  # what changes before the first table is there would be lost
+        _ = self.replica  # a change before the first table would be lost
         return await super().change(paths, is_all)
 
     async def load(self, versions: Sequence[Version]) -> None:
@@ -97,24 +97,24 @@ class Connection(AutoHTTPProtocol):
 async def run(args: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until the process is interrupted. ``args`` are those of :func:`hotswap_lab.serving.app`."""
     backend = OneProcess(Arguments.of(args))
-    given = backend.arguments
+    arguments = backend.arguments
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, UnicodeError) as error:
         raise PortError(refusal("no_port", host=host, port=port, error=error)) from None
     logging.getLogger("ray.serve").addHandler(logging.StreamHandler())  # the name of the log with Ray, too
     logging.getLogger("ray.serve").setLevel(logging.INFO)
-    api = openai_api(backend, given.name, given.token, given.options.longest_prompt)
+    api = openai_api(backend, arguments.name, arguments.token, arguments.options.longest_prompt)
     limits = dict(backlog=AT_A_TIME, timeout_graceful_shutdown=END_SECONDS, http=Connection)
     server = uvicorn.Server(uvicorn.Config(api, **limits))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await backend.start()
-        listener.listen(WAITING)  # uvicorn has given the system its own number, asyncio's
+        listener.listen(WAITING)  # uvicorn has set asyncio's number
         if not server.should_exit:  # by Ctrl-C
             where = f"in {backend.replica.pool.model.dtype}, http://{host}:{port}/docs"
-            print(f"Ready: {len(given.adapters)} adapters of {given.name} {where}", flush=True)
-    except BaseException:  # of a model that can't be read, or Ctrl-C: the port is free again before it is said
+            print(f"Ready: {len(arguments.adapters)} adapters of {arguments.name} {where}", flush=True)
+    except BaseException:  # a model that can't be read, or Ctrl-C: the port is free again before the message
         server.should_exit = True
         await serving
         raise

@@ -1,4 +1,4 @@
-"""One model that answers requests for many adapters: each gets a row of a batch, and its adapter goes there with it."""
+"""One model that answers requests for many adapters: each request gets a row of a batch, with its own adapter."""
 
 import asyncio
 import contextlib
@@ -29,8 +29,8 @@ _log = logging.getLogger("ray.serve")
 GATHERING = 0.005
 #: how many tokens of a prompt are read at once
 CHUNK = 32
-#: the advice of refusals that a server has no argument for, and what to do instead; what only Python can do is left out
-IN_SERVERS: dict[str, str] = {python: "" for python, there in ADVICE.items() if not there} | {
+#: advice in refusals that a server has no argument for, and the advice to show instead; empty if only Python can do it
+IN_SERVERS: dict[str, str] = {python: "" for python, shown in ADVICE.items() if not shown} | {
     "make the pool with this adapter among its `adapters`": "start the server with it, or layers=all-linear",
     "prepare one model for each kind, or swap between them in a model that is not prepared": "start another server",
 }
@@ -43,11 +43,11 @@ class BusyError(HotswapError):
 
 
 class LateError(BusyError):
-    """No answer within the time that a request may wait."""
+    """A request got no answer in time."""
 
 
 class UnreadableError(HotswapError):
-    """The files of an adapter that is served can't be read, or are others now: the server's fault, not a request's."""
+    """The files of a served adapter can't be read, or have changed: the server's fault, not the request's."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Options:
         return self.layers if self.layers == "all-linear" else self.layers.split(",")
 
     def for_model(self, config: Any) -> "Options":
-        """The same options, with the lengths that a model with this config reads where they are 0."""
+        """Return the same options, with lengths that are 0 replaced by those that a model with this config reads."""
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1280
         rest = positions - self.longest_prompt if self.longest_prompt else max(positions // 4, positions - 1024)
         answer = self.longest_answer or min(256, rest)
@@ -100,9 +100,9 @@ class Options:
 class Replica:
     """A language model, and a pool with a row for each of its requests.
 
-    All rows read on together, a token at a time. A row whose answer ends, or whose client has gone, is given to the
-    next request while the others are in the middle of theirs, and its prompt is read in chunks (:class:`Reader`).
-    Models for which that isn't right are answered by ``generate``, one request at a time.
+    All rows advance together, a token at a time. When an answer ends, or its client has gone, the next request gets
+    its row while the other answers continue, and its prompt is read in chunks (:class:`Reader`). A model that can't
+    be read this way answers with ``generate``, one request at a time.
 
     Parameters
     ----------
@@ -140,23 +140,23 @@ class Replica:
     ):
         self.options: Options = options.for_model(model.config)
         self.tokenizer: Any = tokenizer
-        #: what decides where a request doesn't say how its tokens are chosen
+        #: the values of the fields that a request leaves out
         self.defaults: Any = model.generation_config
         ends = self.defaults.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
         if unused := [name for name in BEYOND if getattr(self.defaults, name, None) not in (None, 1)]:
-            _log.warning("The server does nothing of what the model's generation_config says of %s.", ", ".join(unused))
-        # not fewer than the rows need, of mixes too
+            _log.warning("The server ignores these fields of the model's generation_config: %s.", ", ".join(unused))
+        # not fewer than the rows need, for mixes, too
         self.held: int = max(options.held or 2 * len(versions), 2 * options.rows)
         #: by their names in the pool, the one used least recently first
         self._held = {version.key: version for version in versions[: self.held]}
         adapters = {key: version.load() for key, version in self._held.items()}
-        # a proof is of the layers that some row's adapter changes
-        self._unlike = {frozenset(each.tensors): self._held[key] for key, each in adapters.items()}.values()
-        ranks = sorted(highest_rank(each.config) for each in adapters.values())
+        # a check of the rows covers only the layers that some row's adapter changes
+        self._unlike = {frozenset(adapter.tensors): self._held[key] for key, adapter in adapters.items()}.values()
+        ranks = sorted(highest_rank(adapter.config) for adapter in adapters.values())
         loaded = highest_rank(next(iter(model.peft_config.values())))
-        #: the highest rank that there is room for
+        #: the highest rank that an adapter may have
         self.target_rank: int = max(options.target_rank or sum(ranks[-2:]), loaded)
         rows = max(options.rows, 2)  # a pool has no fewer
         if options.layers:
@@ -164,13 +164,13 @@ class Replica:
             prepare_model_for_compiled_hotswap(model, adapters=[reserved])
         how: dict[str, Any] = dict(target_rank=self.target_rank, progress=False, base_weights=base_weights)
         self.pool: AdapterPool = AdapterPool(model.requires_grad_(False), adapters=adapters, rows=rows, **how)
-        with self.pool.assigned([None]):  # batches of any size; and a refusal leaves the adapter that was loaded
+        with self.pool.assigned([None]):  # batches of any size; a refusal leaves the loaded adapter
             self._reader: Reader | None = self._make_reader(rows)
         self.pool.assign([None] * (rows if self._reader else 1))
         self._lock = threading.Lock()
         self._waiting: deque[Answer] = deque()
         self._worker: asyncio.Task | None = None
-        #: how many accepted requests need each version: it stays in memory, since its files may be replaced meanwhile
+        #: how many accepted requests need each version: it stays in memory, because its files may be replaced meanwhile
         self._wanted: Counter[str] = Counter()
         self.counts: Counter[str] = Counter(requests=0, prompt_tokens=0, tokens=0, swaps=0, rows_in_use=0)
 
@@ -195,14 +195,14 @@ class Replica:
         return reader
 
     def load(self, versions: Sequence[Version]) -> None:
-        """Reads and checks adapters, and keeps them next to those in use. No answer is changed by that.
+        """Read and check adapters, and keep them next to those in use. This changes no answer.
 
         Raises
         ------
         UnreadableError
-            If one can't be read, or has other weights here than where it was checked first.
+            If one can't be read, or has different weights here than where it was checked first.
         HotswapError
-            If one doesn't fit the room.
+            If the rank of one is too high.
         """
         with self._lock:
             for version in versions:
@@ -215,19 +215,19 @@ class Replica:
                     try:
                         self.pool.add(version.key, adapter)
                     except HotswapError as error:
-                        raise self._in_our_words(error) from None
+                        raise self._without_digests(error) from None
                 self._held[version.key] = self._held.pop(version.key, version)
-                for key in [each for each in list(self._held)[: -self.held] if not self._wanted[each]]:
+                for key in [key for key in list(self._held)[: -self.held] if not self._wanted[key]]:
                     with contextlib.suppress(HotswapError):  # it is in use
                         self.pool.remove(key)
                         del self._held[key]
-                        # glibc would keep the memory of removed adapters, in pieces that the next ones do not fit into
+                        # glibc would keep the memory of removed adapters, in pieces too small for the next ones
                         with contextlib.suppress(OSError, AttributeError):  # another C library
                             ctypes.CDLL(None).malloc_trim(0)
 
     async def warm(self) -> None:
-        """Does what is done once: the rows' proof, compiling, and what else the first call of each shape takes."""
-        words = ["warm up " * CHUNK, "warm up", "a"]  # the first that is not too long for the server's limits
+        """Do the one-time work: check the rows, compile, and run the first call of each shape."""
+        words = ["warm up " * CHUNK, "warm up", "a"]  # the first one within the server's limits is used
         for prompt in [*([{"role": "user", "content": text}] for text in words), *words]:
             request = Request(prompt=prompt, max_tokens=min(2, self.options.longest_answer))
             with contextlib.suppress(HotswapError):
@@ -238,13 +238,13 @@ class Replica:
             async for _ in self.answer(replace(request, shares=shares)):
                 pass
 
-        asked: list[dict[Version, float]] = [{}, *({version: 1.0} for version in self._unlike)]
+        all_shares: list[dict[Version, float]] = [{}, *({version: 1.0} for version in self._unlike)]
         # one that fails, as with a damaged adapter, must not keep the others from being served
-        await asyncio.gather(*map(ask, asked[: self.options.queue]), return_exceptions=True)
-        self.counts.subtract(dict(self.counts))  # they are of requests
+        await asyncio.gather(*map(ask, all_shares[: self.options.queue]), return_exceptions=True)
+        self.counts.subtract(dict(self.counts))  # these were not clients' requests
 
     async def answer(self, request: Request) -> AsyncGenerator[Piece, None]:
-        """The answer, piece by piece. Closing the generator stops the computing as well.
+        """Yield the answer, piece by piece. Closing the generator also stops the computation.
 
         Raises
         ------
@@ -259,7 +259,7 @@ class Replica:
         try:
             try:
                 await asyncio.to_thread(self.load, list(request.shares))
-            except UnreadableError as error:  # it names paths of the server, which are none of a client's business
+            except UnreadableError as error:  # it names paths of the server, which a client shouldn't see
                 _log.error("A request for %s failed: %s", ", ".join(map(str, request.shares)), error)
                 raise UnreadableError(refusal("unreadable")) from None
             if len(self._waiting) >= self.options.queue:
@@ -295,9 +295,9 @@ class Replica:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state for a panel: the adapters of the rows and in memory, how many requests wait, and the counts."""
+        """The adapters of the rows and in memory, the number of requests that wait, and the counts."""
         held = dict(self._held)
-        mixes = [each.adapter if isinstance(each.adapter, dict) else {each.adapter: 1.0} for each in self.pool.rows]
+        mixes = [row.adapter if isinstance(row.adapter, dict) else {row.adapter: 1.0} for row in self.pool.rows]
         rows = [None if None in mix else "+".join(str(held.get(key)) for key in mix) for mix in mixes]
         now = {"rows": rows, "held": list(map(str, held.values())), "waiting": len(self._waiting)}
         return now | {"dtype": str(self.pool.model.dtype).removeprefix("torch."), **self.counts}
@@ -311,17 +311,18 @@ class Replica:
     # ---- in a thread of its own
 
     def _answer_all(self) -> None:
-        """Answers until no request waits and no row is in use."""
+        """Answer requests until none waits and no row is in use."""
         reader: Any = self._reader
         rows: list[Answer | None] = [None] * reader.rows
-        with _failing(rows):
+        with _errors_sent(rows):
             while self._admit(rows):
-                self._take(rows, reader.read([each.next_part(reader.chunk) if each else [] for each in rows]))
+                parts = [answer.next_part(reader.chunk) if answer else [] for answer in rows]
+                self._take(rows, reader.read(parts))
 
     def _answer_one(self) -> None:
-        """Answers one request with transformers' ``generate``, so that no other one can change its answer."""
+        """Answer one request with transformers' ``generate``, so that no other one can change its answer."""
         rows: list[Answer | None] = [None]
-        with _failing(rows):
+        with _errors_sent(rows):
             if not self._admit(rows):
                 return
             answer: Any = rows[0]
@@ -334,67 +335,67 @@ class Replica:
             over = lambda ids, *_, **__: torch.tensor([answer.is_over], device=ids.device)  # noqa: E731
             how = dict(max_new_tokens=self.options.longest_answer, stopping_criteria=[over], logits_processor=[choose])
             base = self.pool.model.get_base_model()
-            # the answer's sampler does all the rest
+            # the answer's sampler applies all other fields
             base.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.defaults.pad_token_id)
             try:
                 self.pool.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **how)
             finally:
                 base.generation_config = self.defaults
-            raise RuntimeError("the model came to an end before its answer did")  # seen by an answer that is not over
+            raise RuntimeError("the model stopped before the end of its answer")  # sent only if the answer is not over
 
     def _admit(self, rows: list[Answer | None]) -> bool:
-        """Gives free rows to requests that wait, and their adapters to the rows. Whether a row is in use."""
+        """Give free rows to requests that wait, and their adapters to the rows. Return whether a row is in use."""
         for row, answer in enumerate(rows):
             rows[row] = None if answer and answer.is_over else answer
-        while self._waiting and None in rows[: self.options.rows]:  # a pool may have one more
+        while self._waiting and None in rows[: self.options.rows]:  # a pool may have one row more
             try:
                 answer = self._waiting.popleft()
-            except IndexError:  # the last one that waited has gone in this moment
+            except IndexError:  # the last client that waited has just gone
                 break
             if answer.is_over:
                 continue
-            there = [each.adapter for each in self.pool.rows]
-            free = [row for row, each in enumerate(rows[: self.options.rows]) if each is None]
-            row = next((row for row in free if there[row] == answer.adapter), free[0])
+            adapters = [row.adapter for row in self.pool.rows]
+            free = [row for row, other in enumerate(rows[: self.options.rows]) if other is None]
+            row = next((row for row in free if adapters[row] == answer.adapter), free[0])
             try:
                 self.load(list(answer.request.shares))
-                self.pool.assign([*there[:row], answer.adapter, *there[row + 1 :]])
-            except Exception as error:  # the other requests go on
-                answer.send(self._in_our_words(error) if isinstance(error, HotswapError) else error)
+                self.pool.assign([*adapters[:row], answer.adapter, *adapters[row + 1 :]])
+            except Exception as error:  # the other requests continue
+                answer.send(self._without_digests(error) if isinstance(error, HotswapError) else error)
                 continue
             if self._reader:
                 self._reader.forget(row)
             rows[row] = answer
-            self.counts["swaps"] += there[row] != answer.adapter
+            self.counts["swaps"] += adapters[row] != answer.adapter
             self.counts["requests"] += 1
             self.counts["prompt_tokens"] += len(answer.ids)
-        self.counts["rows_in_use"] = sum(each is not None for each in rows)
+        self.counts["rows_in_use"] = sum(answer is not None for answer in rows)
         return self.counts["rows_in_use"] > 0
 
     @staticmethod
-    def _in_our_words(error: HotswapError) -> HotswapError:
-        """A refusal of the pool, which knows versions by their digests, as one of the server."""
-        named = [{part: DIGEST.sub("", text) for part, text in vars(each).items()} for each in error.refusals]
-        return advise(HotswapError(*(Refusal(**each) for each in named)), IN_SERVERS)
+    def _without_digests(error: HotswapError) -> HotswapError:
+        """Make a refusal of the pool one of the server: without digests in names, and with the server's advice."""
+        texts = [{part: DIGEST.sub("", text) for part, text in vars(refusal).items()} for refusal in error.refusals]
+        return advise(HotswapError(*(Refusal(**parts) for parts in texts)), IN_SERVERS)
 
     def _take(self, rows: Sequence[Answer | None], logits: torch.Tensor) -> list[int]:
-        """The next token of each row. An answer whose prompt is read takes it."""
+        """Return the next token of each row. An answer whose prompt is read takes it."""
         highest, best = logits.max(-1)
-        tokens, are_numbers = best.tolist(), highest.isfinite().tolist()
+        tokens, are_finite = best.tolist(), highest.isfinite().tolist()
         for row, answer in enumerate(rows):
             if answer is None or answer.is_over or answer.unread:
                 continue
-            with _failing([answer]):
-                if not are_numbers[row]:
+            with _errors_sent([answer]):
+                if not are_finite[row]:
                     raise refused("no_numbers")
-                self.counts["tokens"] += 1  # before its piece is there, because who got that may count
+                self.counts["tokens"] += 1  # before the piece is sent, because its client may read the counts
                 tokens[row] = answer.take(logits[row], tokens[row])
         return tokens
 
 
 @contextlib.contextmanager
-def _failing(rows: Sequence[Answer | None]) -> Iterator[None]:
-    """Sends an error to all rows that wait for an answer."""
+def _errors_sent(rows: Sequence[Answer | None]) -> Iterator[None]:
+    """Send an error in the block to all rows that wait for an answer."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen: transformers' own logits processors, each request with its own values."""
+"""Choosing the tokens of an answer: transformers' logits processors, with the values of each request."""
 
 import copy
 import re
@@ -22,18 +22,18 @@ except ModuleNotFoundError as _error:
 COLDEST = 1e-3
 #: the fields that may come from the model
 OF_MODEL: dict[str, type] = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
-#: what a ``generation_config`` may want of ``generate`` besides choosing one token after the other
+#: fields of a ``generation_config`` that ask for more than choosing one token after the other
 BEYOND = ("num_beams", "guidance_scale", "forced_eos_token_id", "stop_strings", "max_time", "penalty_alpha")
 
 
 def _token_id(text: object) -> object:
-    """The number of a token as a key in JSON; other text stays, and is refused: Python reads ``1_0`` as 10, too."""
+    """Convert a token's number that is a key in JSON. Other text stays, and is refused: Python reads ``1_0`` as 10."""
     return int(text) if isinstance(text, str) and re.fullmatch("0|[1-9][0-9]{0,17}", text) else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a request wants its tokens chosen. Where a field is None, the model's ``generation_config`` decides.
+    """How to choose the tokens of an answer. If a field is None, the model's ``generation_config`` decides.
 
     ``temperature`` 0 takes the most probable token each time, as does a model whose ``generation_config`` has no
     ``do_sample``. Otherwise a token is drawn with the random numbers of ``seed``: from the ``top_k`` most probable ones
@@ -60,7 +60,7 @@ class Sampler:
 
     As in vLLM, a field that the request leaves out is taken from ``defaults``, the model's ``generation_config``, and
     the two penalties of OpenAI's count the tokens of the answer, not those of the prompt. The steps and their order are
-    those of the model's ``generate``, also for what no request can ask for, such as ``no_repeat_ngram_size``.
+    those of the model's ``generate``, also for fields that no request has, such as ``no_repeat_ngram_size``.
     """
 
     def __init__(self, how: Sampling, prompt: Sequence[int], model: Any, defaults: Any, ends: Sequence[int]):
@@ -76,7 +76,7 @@ class Sampler:
         vars(config).update(dict.fromkeys(BEYOND))
         for name, kind in OF_MODEL.items():
             values = getattr(how, name), getattr(config, name, None)
-            setattr(config, name, next((kind(each) for each in values if each is not None), None))
+            setattr(config, name, next((kind(value) for value in values if value is not None), None))
         heat = 1.0 if config.temperature is None else config.temperature
         self.is_drawn: bool = heat >= COLDEST and bool(how.temperature is not None or config.do_sample)
         config.do_sample, config.top_k = self.is_drawn, max(config.top_k or 0, 0)
@@ -84,9 +84,8 @@ class Sampler:
         bias = [[[token], float(added)] for token, added in biases.items()]
         self.steps: list[Any] = [transformers.SequenceBiasLogitsProcessor(bias)] if bias else []
         penalties = [self._penalize] if how.frequency_penalty or how.presence_penalty else []
-        more: dict[str, Any] = dict(
-            encoder_input_ids=torch.tensor([prompt], device="cpu"), logits_processor=penalties, device="cpu"
-        )
+        ids = torch.tensor([prompt], device="cpu")
+        more: dict[str, Any] = dict(encoder_input_ids=ids, logits_processor=penalties, device="cpu")
         self.steps += getattr(model, compat.LOGITS_PROCESSOR)(config, len(prompt), **more)
 
     def _penalize(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class Sampler:
         return scores - frequency * counts - presence * (counts > 0)
 
     def choose(self, logits: Tensor, best: int, answer: Sequence[int]) -> int:
-        """The next token after those of the answer; ``best`` is the most probable one, where nothing else is wanted."""
+        """Return the next token after those of the answer; ``best`` is the most probable one, before any other step."""
         if not (self.steps or self.is_drawn):  # transformers has no step for temperature 1
             return best
         ids, scores = torch.tensor([[*self.prompt, *answer]], device="cpu"), logits.cpu()[None]

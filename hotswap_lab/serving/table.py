@@ -1,22 +1,19 @@
-"""The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``."""
+"""The table of adapters and their versions, the register that changes it, and the meaning of a request's ``model``.
+
+Tests: ``tests/serving/test_replica.py`` and ``tests/serving/test_api.py``.
+"""
 
 import asyncio
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safetensors.torch import save
-
 from ..core.errors import HotswapError, listing, refusal, refused
-from ..files.reading import Adapter
+from ..core.numerals import decimal
+from ..files.reading import Adapter, digest_of
 
 #: the most characters of a request's ``model``, adapters in it, and weight of one; characters of an adapter's name
 MOST_CHARACTERS, MOST_ADAPTERS, MOST_WEIGHT, LONGEST_NAME = 1000, 8, 100, 200
-#: a weight as it is written; Python would read ``1_0`` as 10 as well, and digits of all scripts
-WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", re.ASCII | re.IGNORECASE)
 #: removed adapters whose numbers are remembered: a policy may have a new name at each of its steps
 MOST_REMEMBERED = 1000
 
@@ -36,13 +33,13 @@ class Version:
 
     @classmethod
     def of(cls, name: str, path: str, base: str = "") -> "Version":
-        """The first version of an adapter, in a folder or on the Hub. It may not have the name of the base model."""
+        """Make the first version of an adapter in a folder or on the Hub. It can't have the name of the base model."""
         if name in ("", base) or len(name) > LONGEST_NAME or not name.isprintable() or set(name) & set("+:"):
             raise refused("no_name_for_mixes", name=name)
         return cls(name, path, digest_of(Adapter.load(path)))
 
     def load(self) -> Adapter:
-        """Reads the adapter. Refuses files that have changed since the version was made."""
+        """Read the adapter. Refuse files that have changed since the version was made."""
         adapter = Adapter.load(self.path)
         if digest_of(adapter) != self.digest:
             raise refused("other_weights", version=self, path=self.path)
@@ -57,27 +54,20 @@ class Version:
         return f"{self.name}@{self.number}"
 
 
-def digest_of(adapter: Adapter) -> str:
-    """A hash of the config and the weights."""
-    config = json.dumps(adapter.config.to_dict(), sort_keys=True, default=sorted)
-    tensors = save({key: tensor.clone() for key, tensor in adapter.tensors.items()})
-    return hashlib.sha256(config.encode() + tensors).hexdigest()
-
-
 def highest_rank(config: Any) -> int:
-    """The highest rank of an adapter in any layer; 0 for one of a method that has none."""
+    """Return the highest rank of an adapter in any layer; 0 if its method has no rank."""
     return max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
 
 
 def check_rank(name: str, config: Any, target_rank: int) -> None:
-    """Refuses an adapter that a server with room for a rank has no room for."""
+    """Refuse an adapter whose rank is above the rank that the server has reserved."""
     if (rank := highest_rank(config)) > target_rank:
         raise refused("rank_above_target", name=name, rank=rank, target_rank=target_rank)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The version of each adapter that is in force; ``number`` counts the tables.
+    """The live version of each adapter; ``number`` counts the tables.
 
     ``highest`` is the highest number of each name so far, of removed adapters too, so that no number comes twice. The
     names that were removed first are forgotten: ``forgotten`` is the highest number of theirs, and new names begin
@@ -90,11 +80,11 @@ class Table:
     forgotten: int = 0
 
     def or_later(self, table: "Table") -> "Table":
-        """The later one of both."""
-        return max(self, table, key=lambda each: each.number)
+        """Return the later one of two tables."""
+        return table if table.number > self.number else self
 
     def shares(self, model: str, base: str) -> dict[Version, float]:
-        """The meaning of a request's ``model``: an adapter, a mix such as ``pirate:0.7+haiku:0.3``, or the base.
+        """Read a request's ``model``: an adapter, a mix such as ``pirate:0.7+haiku:0.3``, or the base.
 
         >>> table = Table({"sort": Version("sort", "folder", "1f")})
         >>> {str(version): weight for version, weight in table.shares("sort:0.5", base="demo").items()}
@@ -105,23 +95,24 @@ class Table:
         if len(model) > MOST_CHARACTERS or len(parts) > MOST_ADAPTERS:
             raise self.unknown(model, base)
         for part in parts:
-            name, _, weight = part.partition(":")
-            if name not in self.versions or not WEIGHT.fullmatch(weight or "1"):
+            name, _, text = part.partition(":")
+            weight = decimal(text or "1")
+            if name not in self.versions or weight is None or text.startswith("-"):
                 raise self.unknown(part, base)
             version = self.versions[name]
-            shares[version] = shares.get(version, 0.0) + float(weight or 1)
+            shares[version] = shares.get(version, 0.0) + weight
             if shares[version] > MOST_WEIGHT:
                 raise self.unknown(part, base)
         return shares
 
     def unknown(self, part: str, base: str) -> UnknownAdapterError:
-        """The refusal of a name, or of a part of a mix."""
+        """Make the refusal of a name, or of a part of a mix."""
         names = listing([base, *self.versions], limit=50)
         return UnknownAdapterError(refusal("unknown_adapter", part=part, names=names))
 
 
 class Register:
-    """Holds the table in force and changes it. ``base`` is the name of the model without an adapter."""
+    """Holds the live table and changes it. ``base`` is the name of the model without an adapter."""
 
     def __init__(self, base: str = "") -> None:
         self.base: str = base
@@ -129,24 +120,24 @@ class Register:
         self._changing = asyncio.Lock()
 
     async def load(self, versions: Sequence[Version]) -> None:
-        """Has all replicas load these versions; raises if one of them can't. To be overridden: here, there are none."""
+        """Load these versions in all replicas; raise if one can't. Override this: here, there are no replicas."""
 
     async def change(self, paths: Mapping[str, str | None], is_all: bool = False) -> Table:
-        """Gives adapters new weights, adds some, or removes them (None): all of them or, on any error, none.
+        """Give adapters new weights, add some, or remove them (None): all of them or, on any error, none.
 
-        Requests from then on get the new ones. An answer that has begun goes on with its version.
+        Later requests get the new ones. An answer that has begun continues with its version.
 
         Parameters
         ----------
         paths:
             For each name a folder or a Hub id. One whose files are the same as before keeps its version.
         is_all:
-            Whether adapters that are not named are removed.
+            Whether to remove adapters that are not named.
 
         Raises
         ------
         UnknownAdapterError
-            If an adapter is to be removed that is not there.
+            If an adapter to remove doesn't exist.
         HotswapError
             If a name is not allowed, an adapter can't be read, or a replica can't load it.
         """
@@ -157,7 +148,7 @@ class Register:
                 highest = dict(before.highest)
                 for name, path in paths.items():
                     previous = versions.pop(name, before.versions.get(name))
-                    # put at the end, as what was changed last
+                    # at the end, because it was changed last
                     highest[name] = max(highest.pop(name, before.forgotten), previous.number if previous else 0)
                     if path is not None:
                         version = await asyncio.to_thread(Version.of, name, path, self.base)
@@ -169,16 +160,16 @@ class Register:
                         raise before.unknown(name, self.base)
                 removed = [name for name in highest if name not in versions][:-MOST_REMEMBERED]
                 forgotten = max([before.forgotten, *map(highest.pop, removed)])
-                await self.load([each for name, each in versions.items() if each != before.versions.get(name)])
-                if self.table is before:  # or adopt() has brought a later table, which is then changed instead
+                await self.load([new for name, new in versions.items() if new != before.versions.get(name)])
+                if self.table is before:  # otherwise adopt() has brought a later table, which is changed instead
                     self.table = Table(versions, before.number + 1, highest, forgotten)
                     return self.table
 
     async def adopt(self, table: Table = Table()) -> Table:
-        """The table in force: the caller's, if it is a later one, because this register may have been restarted."""
+        """Return the live table. It is the caller's if that is later, because this register may have restarted."""
         self.table = self.table.or_later(table)
         return self.table
 
     async def number(self) -> int:
-        """The number of the table in force, for callers that ask often: the table itself may be long."""
+        """Return the number of the live table, for callers that ask often: the table itself may be long."""
         return self.table.number

@@ -6,6 +6,8 @@ swap then waits until no thread is inside, and a thread that comes later waits f
 themselves: all code that changes a model uses :func:`locked`, and :mod:`hotswap_lab.threads.turns` decides who waits.
 
 A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
+
+Tests: ``tests/threads/test_turns.py``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ on: a thread of a pool runs other requests meanwhile. Say one thread sends two a
 :func:`owner_of` finds by the flag of generators in its ``co_flags``. That frame is not on the stack of
 ``next(second)``, so ``second`` is not inside, and is refused: this thread would wait for itself. If the block belonged
 to the thread, ``second`` would be let in as nested, and ``first`` would go on with haiku's weights, without an error
-(``test_two_generators_in_one_thread`` in ``tests/test_turns.py``).
+(``test_two_generators_in_one_thread`` in ``tests/threads/test_turns.py``).
 
 The garbage collector may close such a generator at any line, those of this module included. Its block then ends on a
 thread that holds the lock, and the lock of a thread lets that thread in again. So :meth:`Turn.ask` and

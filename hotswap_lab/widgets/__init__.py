@@ -1,8 +1,8 @@
 """Jupyter widgets that swap adapters and show the results.
 
-Each is one line in a notebook, and everything that a click does can be done from Python. Each has a static form,
-``str(...)`` and ``to_html()``, which a saved notebook stores and which needs no kernel. They need ipywidgets, which
-``pip install "hotswap_lab[widgets]"`` brings.
+Each widget is one line in a notebook, and Python calls can do everything that clicks can. A saved notebook stores a
+static view of it, ``str(...)`` and ``to_html()``, which needs no kernel. The widgets need ipywidgets:
+``pip install "hotswap_lab[widgets]"``.
 
 >>> from hotswap_lab.widgets import SwapPanel
 >>> panel = SwapPanel.demo()
@@ -12,21 +12,24 @@ Each is one line in a notebook, and everything that a click does can be done fro
 SwapPanel: 8 adapters, shout is active at strength 1
 shout: HOTSWAP!
 
-A widget shows what is in its model now, or it is gray and says ``changed since: run again``, within a second of any
-change by this package in the same kernel, whether a click, a cell or a thread makes it. Other code's changes (PEFT's
-``set_scale``, ``load_state_dict``, training) are noticed at the end of the cell. While a cell computes, widgets follow
-clicks only.
+A widget shows its model's current state, or it is gray with the note ``changed since: run again``, within a second of
+any change by this package in the same kernel, whether a click, a cell or a thread makes it. Changes by other code
+(PEFT's ``set_scale``, ``load_state_dict``, training) are noticed at the end of the cell. While a cell computes, widgets
+follow clicks only.
 
 Tested in JupyterLab 4, Notebook 7 and Voila, by keyboard and at a phone's width, and with ipywidgets 7.7.1 and 8.
-While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with its 7.4 from the second
-click on), else when the cell has ended; the last one counts. In ``with in_use(panel): ...``, swaps by clicks wait.
-Clicks compute in the modes of the cell that made the widget: turn gradients off before that.
+While a cell computes, clicks act at once with JupyterLab 4.4 and ipykernel 7 or later (with ipykernel 7.4 from the
+second click on). Otherwise the last click acts when the cell has ended. In ``with in_use(panel): ...``, swaps by clicks
+wait. Clicks run in the modes of the cell that made the widget, so turn gradients off before you make it.
 
-Files: ``view`` (the base class), ``work`` (the base class of widgets with long work, which can be stopped), ``clicks``
-(the order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
+Files: ``view`` (the base class), ``work`` (the base class of widgets with jobs, which can be stopped), ``clicks`` (the
+order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` (answers that grow token by token),
 ``results`` (an answer as text and HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
+import functools
+
+from .. import _raise_missing
 from .guards import Guards
 from .row_panel import RowPanel
 from .swap_panel import SwapPanel
@@ -35,3 +38,4 @@ from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
 __all__ = ["Guards", "RowPanel", "SwapPanel", "View", "WeightMap", "WriteScrubber"]
+__getattr__ = functools.partial(_raise_missing, __name__)

@@ -1,4 +1,7 @@
-"""Guards: what the graphs of compiled models assume of an adapter, and which of it a swap breaks."""
+"""Guards: the assumptions of compiled graphs about an adapter, and those that a swap breaks.
+
+Tests: ``tests/widgets/test_guards_checklist.py``.
+"""
 
 import re
 from collections import Counter
@@ -21,21 +24,21 @@ from .work import WorkingView
 
 #: calls after each swap
 CALLS = 4
-#: in PyTorch's text of a graph's guards: the size of a layer's tensor, or its scaling if that is a number
+#: a guard in PyTorch's text of a graph's guards: on the size of a layer's tensor, or on a scaling that is a number
 GUARD = re.compile(r"_MATCH: (\S*['.](lora_\w+|scaling)['.\[][^,\s]*)(?:, .*size=\[(.*?)\]| == ([-\d.e]+))")
 
 
 class Guards(WorkingView):
-    """A checklist for each of some models: what its graph is guarded by, and which guards the last swap broke.
+    """A checklist for each model: the guards of its graph, and those that the last swap broke.
 
-    Each model is compiled with graphs of its own, and without generating code: the guards are the same. A click swaps
-    an adapter into all of them, and calls each a few times. The guards that no longer held are red, with the time of
-    the call that compiled again. Below is the time of each call.
+    Each model is compiled with its own graphs, without generating code, which doesn't change the guards. A click swaps
+    an adapter into all models and calls each a few times. Broken guards are red, with the time of the call that
+    recompiled. Below is the time of each call.
 
     Parameters
     ----------
     models:
-        By the columns' names, each a model with an adapter.
+        Models with an adapter, by the names of their columns.
     adapters:
         As for :class:`SwapPanel`.
     inputs:
@@ -58,7 +61,7 @@ class Guards(WorkingView):
       ✗ scaling was 2, is 1: 14 layers
       ✓ scaling 2: 14 layers
 
-    How to read it: a swap is free as long as it changes nothing that is on the list.
+    How to read it: a swap costs no compilation if it changes nothing on the list.
     """
 
     title = "Guards: what a graph was compiled for"
@@ -67,7 +70,7 @@ class Guards(WorkingView):
 
     def __init__(self, models: Mapping[str, torch.nn.Module], adapters: Mapping[str, Any], inputs: Mapping[str, Any]):
         self.adapters: Mapping[str, object] = adapters
-        self.columns: dict[str, Column] = {name: Column(each, adapters, inputs) for name, each in models.items()}
+        self.columns: dict[str, Column] = {name: Column(model, adapters, inputs) for name, model in models.items()}
         for title, column in self.columns.items():
             column.watch.began = partial(setattr, self, "doing", f"compiling again: {title}")
         self._run(self._visit)
@@ -81,19 +84,19 @@ class Guards(WorkingView):
         return cls(models, folders, models["prepared"].get_base_model().dummy_inputs)
 
     def choose(self, name: str) -> None:
-        """Swap an adapter into all models, and call each."""
+        """Swap an adapter into all models and call each."""
         self._run(partial(self._visit, name))
 
     def _visit(self, name: str | None = None) -> None:
-        seen = []
+        states = []
         for title, column in self.columns.items():
             self.doing: str = f"calling the model that is {title}"
             if name:
                 self.swaps.append(self._when_free(partial(column.switch.swap, name)))
-            seen.append(contents(column.switch))
+            states.append(contents(column.switch))
             column.visit(name or "the first", self._check)
-        # not before: if one of them fails, the model isn't what is shown of the swap before, and the picture says so
-        self._seen, self.active, self.doing = seen, name, ""
+        # only now, because after an error the picture is still that of the swap before, and must be marked as old
+        self._seen, self.active, self.doing = states, name, ""
         self.summary: str = f"{name or 'the first adapter'} is in"
 
     def _now(self) -> object:
@@ -106,15 +109,17 @@ class Guards(WorkingView):
     # ---- text, picture and controls
 
     def _lines(self) -> list[str]:
-        lists = ([(title, True), *column.checklist()] for title, column in self.columns.items())
-        return [text if at == 0 else f"  {text}" for lines in lists for at, (text, _) in enumerate(lines)]
+        texts = []
+        for title, column in self.columns.items():
+            texts += [title, *(f"  {text}" for text, _ in column.checklist())]
+        return texts
 
     def figure(self) -> Figure:
-        """The checklists side by side, and below the time of each of the last calls."""
+        """The checklists side by side, and below them the time of each of the last calls."""
         *lists, times = self._parts()
         width, top = lists[0].size
         canvas = Canvas(660, top + times.size[1])
-        canvas.shapes += [each.svg.replace("<svg ", f"<svg x='{width * at}' ", 1) for at, each in enumerate(lists)]
+        canvas.shapes += [part.svg.replace("<svg ", f"<svg x='{width * at}' ", 1) for at, part in enumerate(lists)]
         canvas.shapes.append(times.svg.replace("<svg ", f"<svg y='{top}' ", 1))
         return canvas.figure(str(self))
 
@@ -131,12 +136,12 @@ class Guards(WorkingView):
             for row, (text, holds) in enumerate(lines):
                 canvas.text(20, 50 + 19 * row, text, anchor="start", color=RIGHT if holds else WRONG, bold=not row)
             parts.append(canvas.figure(title))
-        return [*parts, timeline("Time of each call", {title: each.watch for title, each in self.columns.items()})]
+        return [*parts, timeline("Time of each call", {title: column.watch for title, column in self.columns.items()})]
 
     def _controls(self) -> list:
         self._with_stop()
         self._choices = choices(options=[*self.adapters], value=None)
-        self._when_set(self._choices, lambda name: name and self._come(name, partial(self._visit, name)))
+        self._when_set(self._choices, lambda name: name and self._enqueue(name, partial(self._visit, name)))
         return [wrapping_row(self._choices, self._stop_button)]
 
     def _refresh(self) -> None:
@@ -146,41 +151,41 @@ class Guards(WorkingView):
 
 
 class Column:
-    """A model, compiled for itself alone, and the guards of the graph that ran last and of the one before."""
+    """A model with its own compiled graphs, and the guards of the graph that ran last and of the one before."""
 
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, object], inputs: Mapping[str, Any]):
         def call() -> None:
             model(**inputs)
 
-        # PyTorch keeps graphs with the code, so a copy of the code has no graph of another model
+        # PyTorch stores graphs with the code, so a copy of the code has no graphs of other models
         self._code = call.__code__ = call.__code__.replace()
-        # a graph break, or too many graphs, would leave guards out; so it is an error
+        # fullgraph raises at a graph break or too many graphs, which would leave guards out
         self._call = torch.compile(call, backend="eager", dynamic=False, fullgraph=True)
         self.switch: Switch = switch_for(model, adapters)
         self.watch: RecompileWatch = RecompileWatch()
         #: whether a graph ran in the last visit
         self.ran: bool = False
-        #: by a tensor's or scaling's path: its kind, and what the graph was compiled for
+        #: the kind of each tensor or scaling, and its size or value when the graph was compiled, by path
         self.guards: dict[str, tuple[str, str]] = {}
         self.previous: dict[str, tuple[str, str]] = {}
 
     def visit(self, label: str, check: Callable[[], None]) -> None:
-        """Call the model a few times, and note the guards of the graph that ran."""
-        earlier, self.ran = self.watch.runs, False
+        """Call the model a few times, and record the guards of the graph that ran."""
+        runs_before, self.ran = self.watch.runs, False
         for _ in range(CALLS):
             check()
             with in_use(self.switch.model), torch.no_grad(), self.watch:
                 self.watch.call(label, self._call)
         del self.watch.calls[: -10 * CALLS]  # the picture has room for these
-        if self.watch.runs == earlier is not None:  # no graph ran, as with the stance "force_eager"
+        if runs_before is not None and self.watch.runs == runs_before:  # as with the stance "force_eager"
             return
         self.ran = True
-        graph = compat.cache_entries(self._code)[0]  # the one that ran last comes first
+        graph = compat.cache_entries(self._code)[0]  # the latest is first
         guards = {path: (kind, _readable(*value)) for path, kind, *value in GUARD.findall(str(graph.guard_manager))}
         self.previous, self.guards = self.guards or guards, guards
 
     def checklist(self, timed: bool = False) -> list[tuple[str, bool]]:
-        """A verdict, and a line for each kind of guard of the graph before; each with whether it holds now."""
+        """A verdict, and a line for each kind of guard of the previous graph, each with whether it holds now."""
         if not self.ran:
             return [("nothing compiled ran", False)]
         counts = Counter((*was, self.guards.get(path, was)[1]) for path, was in self.previous.items())
@@ -188,14 +193,17 @@ class Column:
         for (kind, was, now), count in sorted(counts.items()):
             text = f"✓ {kind} {was}" if was == now else f"✗ {kind} was {was}, is {now}"
             lines.append((f"{text}: {counted(count, 'layer')}", was == now))
-        slow = [call for call in self.watch.calls[-CALLS:] if call.recompiles]
-        if slow and all(holds for _, holds in lines):  # for a reason that is not on the list
+        all_hold = all(holds for _, holds in lines)
+        recompiling = [call for call in self.watch.calls[-CALLS:] if call.recompiles]
+        if not recompiling:
+            return [("every guard holds", True) if all_hold else ("an earlier graph fits", False), *lines]
+        if all_hold:  # for a reason that is not on the list
             lines.append((f"✗ {self.watch.reasons[-1]}", False))
-        if all(holds for _, holds in lines):
-            return [("every guard holds", True), *lines]
-        again = "compiled again" + (f": {readable(slow[0].seconds)}" if timed and slow else "")
-        return [(again if slow else "an earlier graph fits", False), *lines]
+        seconds = f": {readable(recompiling[0].seconds)}" if timed else ""
+        return [(f"compiled again{seconds}", False), *lines]
 
 
 def _readable(size: str, number: str) -> str:
-    return f"{float(number):.3g}" if number else "a tensor" if size == "1, 1" else size.replace(", ", " × ")
+    if number:
+        return f"{float(number):.3g}"
+    return "a tensor" if size == "1, 1" else size.replace(", ", " × ")

@@ -1,4 +1,7 @@
-"""The result of a run, text, an image or whatever else Jupyter shows, as text and HTML."""
+"""The result of a run (text, an image, or another object that Jupyter shows) as text and HTML.
+
+Tests: ``tests/widgets/test_swap_panel.py``.
+"""
 
 from dataclasses import dataclass, field
 
@@ -18,9 +21,9 @@ class Run:
     result:
         The result of ``generate``, or its text so far.
     done:
-        Whether it is all of the answer: False while it grows, and after a stop or an error.
+        Whether the answer is complete: False while it grows, and after a stop or an error.
     state:
-        Whatever else an answer depends on. Runs that differ in nothing but their results are equal.
+        Other state that the answer depends on. Runs that differ only in their results are equal.
     """
 
     prompt: str
@@ -50,7 +53,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        """The result as text; one that is not all of it ends with an ellipsis.
+        """The result as text. An incomplete one ends with an ellipsis.
 
         >>> Run("hi", "shout", result="HI!").text
         'HI! ...'
@@ -68,11 +71,13 @@ class Run:
 
     @property
     def png(self) -> bytes | None:
-        """The result as PNG, if it or the first of a pipeline's images is something that Jupyter shows as one."""
+        """The result as PNG, if Jupyter shows it, or the first of a pipeline's images, as PNG."""
         images = getattr(self.result, "images", self.result)
         first = images[:1] if isinstance(images, list) else []
-        image = next((each for each in (self.result, *first) if hasattr(each, "_repr_png_")), None)
-        return None if image is None else image._repr_png_()
+        for image in (self.result, *first):
+            if hasattr(image, "_repr_png_"):
+                return image._repr_png_()
+        return None
 
     @property
     def _html(self) -> str | None:

@@ -9,19 +9,19 @@ from ..core.errors import refused
 from ..pools.adapter_pool import AdapterPool
 from .results import Run
 from .switch import contents, demo_pool
-from .view import counted, escape, speaking, w, wrapping_row
+from .view import announced, counted, escape, w, wrapping_row
 from .work import WorkingView
 
 #: the prompts of the demo
 WORDS = ("hotswap", "notebook", "adapter", "kernel")
 #: the style of a cell: inline, so that a page without the styles shows a table, too
 CELL = "padding:4px 6px;font-size:12px;text-align:left;border:1px solid rgba(128,128,128,.4)"
-#: around an answer, with room for a line before there is one, so that nothing moves when it comes
+#: the frame of an answer, at least one line high, so that nothing moves when an answer comes
 LARGE = '<div class="{}" style="display:flex;gap:8px;font-size:17px;line-height:26px;min-height:26px">{}</div>'
 
 
 class RowPanel(WorkingView):
-    """A table of requests with a menu of adapters and a prompt in each row. All are answered in one call.
+    """A table of requests, answered in one call, with a menu of adapters and a prompt in each row.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class RowPanel(WorkingView):
     --------
     >>> from hotswap_lab.widgets import RowPanel
     >>> panel = RowPanel.demo(["hotswap", "hotswap"])
-    >>> panel.choose(0, "shout")          # what its menu does
+    >>> panel.choose(0, "shout")          # as its menu does
     >>> panel.run()
     ['HOTSWAP!', 'hotswap']
     >>> print(panel)
@@ -45,15 +45,15 @@ class RowPanel(WorkingView):
     shout, hotswap: HOTSWAP!
     no adapter, hotswap: hotswap
 
-    How to read it: next to each answer is the adapter that gave it, even if another one was chosen since. After a run,
-    the model has the same adapter as before.
+    How to read it: next to each answer is the adapter that gave it, even if another one was chosen later. A run leaves
+    the model's own adapter in place.
     """
 
     title = "One batch, another adapter in each row"
 
     def __init__(self, pool: AdapterPool, generate: Callable[[list[str]], object], *, prompts: Sequence[str]):
         if not isinstance(pool, AdapterPool) or not callable(generate) or isinstance(prompts, str):
-            kinds = [type(each).__name__ for each in (pool, generate, prompts)]
+            kinds = [type(argument).__name__ for argument in (pool, generate, prompts)]
             raise refused("rows_cannot_run", pool=kinds[0], generate=kinds[1], prompts=kinds[2])
         with pool.assigned([None] * len(prompts)):
             pass  # raises if the pool has too few rows
@@ -61,7 +61,7 @@ class RowPanel(WorkingView):
         self.generate: Callable[[list[str]], object] = generate
         #: the prompt of each row
         self.prompts: list[str] = list(prompts)
-        #: the adapter that will answer each row; None: the base model
+        #: the adapter that will answer each row; None for the base model
         self.adapters: list[str | None] = [None] * len(prompts)
         #: the last answers, one for each row
         self.runs: list[Run] = []
@@ -79,7 +79,7 @@ class RowPanel(WorkingView):
     # ---- actions
 
     def choose(self, row: int, adapter: str | None) -> None:
-        """Set the adapter of a row's later answers, or None, as its menu does."""
+        """Set the adapter of a row's later answers (None: the base model), as its menu does."""
         if adapter and adapter not in self.pool:
             raise refused("no_adapter_of_this_name", name=adapter, adapters=", ".join(map(repr, self.pool)))
         self.adapters[row] = adapter or None
@@ -90,11 +90,11 @@ class RowPanel(WorkingView):
         adapters, runs = list(self.adapters), self._now()
         with contextlib.ExitStack() as stack:
             self.doing: str = "giving each row its adapter, as soon as no other thread computes with the model"
-            # a new context for each try, because one that timed out can't be entered again
+            # a new context manager for each try, because one that timed out can't be used again
             self.swaps.append(self._when_free(lambda: stack.enter_context(self.pool.assigned(adapters))))
             self.doing = "answering all rows in one call"
-            given = self.generate([run.prompt for run in runs])
-            for results in given if isinstance(given, Iterator) else [given]:
+            generated = self.generate([run.prompt for run in runs])
+            for results in generated if isinstance(generated, Iterator) else [generated]:
                 if len(answers := list(results)) != len(runs):
                     raise refused("answers_of_other_rows", answers=len(answers), rows=len(runs))
                 for run, answer in zip(runs, answers, strict=True):
@@ -107,10 +107,12 @@ class RowPanel(WorkingView):
         return [run.result for run in runs]
 
     def _now(self) -> list[Run]:
-        """What is asked now."""
-        base, members = contents(self.pool)[0], map(self.pool._members.get, self.adapters)
-        rows = zip(self.prompts, self.adapters, members, strict=True)
-        return [Run(prompt, name or "off", state=(base, each, each and each.version)) for prompt, name, each in rows]
+        """The current requests, as runs without results."""
+        base, runs = contents(self.pool)[0], []
+        for prompt, name in zip(self.prompts, self.adapters, strict=True):
+            member = self.pool._members.get(name)
+            runs.append(Run(prompt, name or "off", state=(base, member, member and member.version)))
+        return runs
 
     # ---- text, picture and controls
 
@@ -124,22 +126,24 @@ class RowPanel(WorkingView):
 
     def _inside(self) -> str:
         # without times, which would make a stored notebook differ from run to run
-        rows = [(run.chip, escape(run.prompt), LARGE.format("", run.shown)) for run in self.runs or self._now()]
-        lines = [("th scope=col", ("adapter", "request", "answer")), *(("td", row) for row in rows)]
-        inside = [[f'<{tag} style="{CELL}">{cell}</{tag[:2]}>' for cell in row] for tag, row in lines]
-        body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in inside)
-        return f'<div class="hotswap-scroll"><table style="border-collapse:collapse">{body}</table></div>'
+        names = "".join(f'<th scope=col style="{CELL}">{name}</th>' for name in ("adapter", "request", "answer"))
+        lines = [f"<tr>{names}</tr>"]
+        for run in self.runs or self._now():
+            cells = (run.chip, escape(run.prompt), LARGE.format("", run.shown))
+            lines.append("<tr>" + "".join(f'<td style="{CELL}">{cell}</td>' for cell in cells) + "</tr>")
+        table = f'<table style="border-collapse:collapse">{"".join(lines)}</table>'
+        return f'<div class="hotswap-scroll">{table}</div>'
 
     def _controls(self) -> list[w.Widget]:
-        narrow, wide = w.Layout(width="140px"), w.Layout(flex="1 1 160px", min_width="0", max_width="260px")
-        slim, named = {"description_width": "16px"}, {"description_width": "40px"}
+        narrow, wide = w.Layout(width="164px"), w.Layout(flex="1 1 184px", min_width="0", max_width="284px")
+        slim, named = {"description_width": "40px"}, {"description_width": "64px"}
         self._rows, rest = [], w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
         for row in range(len(self.prompts)):
-            menu = w.Dropdown(description=str(row), style=slim, layout=narrow)
-            box = w.Text(description="asked", style=named, layout=wide)
+            menu = w.Dropdown(description=f"row {row}", style=slim, layout=narrow)
+            box = w.Text(description=f"request {row}", style=named, layout=wide)
             self._when_set(menu, partial(self.choose, row))
             self._when_set(box, partial(self._write, row))
-            self._rows.append((menu, box, speaking(layout=rest)))
+            self._rows.append((menu, box, announced(layout=rest)))
         self._run_button = self._button("Answer all", "answer all rows in one call", self.start, button_style="primary")
         return [*(wrapping_row(*row) for row in self._rows), wrapping_row(*self._with_stop(self._run_button))]
 
@@ -151,10 +155,10 @@ class RowPanel(WorkingView):
         super()._refresh()
         requests = self._now()
         for (menu, box, answer), run, request in zip(self._rows, self.runs or requests, requests, strict=True):
-            # the base's value can't be None, which means that nothing is selected
+            # the base's value can't be None, which would select nothing
             menu.options = [("base", ""), *((name, name) for name in self.pool)]
             menu.value, box.value = "" if request.where == "off" else request.where, request.prompt
             answer.value = LARGE.format("hotswap-old" * (run != request), f"{run.chip} {run.shown}")
 
     def _refresh_body(self) -> None:
-        """Do nothing, because the live form shows each answer in its row."""
+        """Do nothing, because the live view shows each answer in its row."""

@@ -1,4 +1,4 @@
-"""SwapPanel: choose an adapter and its strength, run a prompt, and see the answer and what changed in the model."""
+"""SwapPanel: choose an adapter and its strength, run a prompt, and see the answer and the changed layers."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from ..threads import in_use
 from .results import Run
 from .switch import demo_pool, strength_of, switch_for, whereabouts
 from .text import text_stream
-from .view import FITS, choices, counted, escape, speaking, w, wrapping_row
+from .view import FITS, announced, choices, counted, escape, w, wrapping_row
 from .weight_map import WeightMap
 from .work import WorkingView
 
@@ -28,19 +28,19 @@ RADIO = '.hotswap-choices button[data-value="{}"] {{ --light: {}; --full: {} }}'
 
 
 class SwapPanel(WorkingView):
-    """The adapters, a strength, a prompt; and next to them the answer, and a map of what the adapter adds.
+    """Controls for the adapter, its strength and the prompt, next to the answer and a :class:`WeightMap`.
 
     Parameters
     ----------
     pool_or_model:
         An :class:`AdapterPool`, or a model, together with ``adapters``.
     generate:
-        A function that takes the prompt, and returns text or anything that Jupyter shows as an image or as HTML, such
-        as audio. Or it yields its text so far, which is shown as it grows. Default: the model's greedy answer, which
-        needs ``tokenizer``. It runs inside ``with in_use(model)``, so swaps by other threads wait for its end, and it
-        can't swap.
+        A function that takes the prompt and returns text, or an object that Jupyter shows as an image or as HTML, such
+        as audio. It may instead yield the text so far, which is shown as it grows. It runs inside
+        ``with in_use(model)``, so swaps by other threads wait for its end, and it can't swap. Default: the model's
+        greedy answer, which needs ``tokenizer``.
     run_on_swap:
-        Whether a click on an adapter, or a move of the slider, runs the prompt as well.
+        Whether a click on an adapter or a move of the slider also runs the prompt.
     prompt:
         The first text in the prompt box.
     tokenizer, template, max_new_tokens:
@@ -60,8 +60,8 @@ class SwapPanel(WorkingView):
     >>> panel.active = "sort"
     >>> panel.run()
     'ahopstw'
-    >>> panel.pin()                       # what "Compare with this" does
-    >>> panel.choose("reverse")           # what a click on its name does
+    >>> panel.pin()                       # as "Compare with this" does
+    >>> panel.choose("reverse")           # as a click on its name does
     'pawstoh'
     >>> print(panel)
     SwapPanel: 2 adapters, reverse is active at strength 1
@@ -69,7 +69,7 @@ class SwapPanel(WorkingView):
     compared with sort: ahopstw
 
     How to read it: an answer has the name and the color of the adapter that gave it. An error is shown in the panel,
-    and raised by calls from Python. The model is then as it was. For the map, see :class:`WeightMap`.
+    and calls from Python raise it. It leaves the model unchanged. For the map, see :class:`WeightMap`.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class SwapPanel(WorkingView):
         self._switch = switch_for(pool_or_model, adapters, adapter_name)
         #: the model that answers; changes by clicks wait for the end of a block ``with in_use(panel):`` in a cell
         self.model: torch.nn.Module = self._switch.model
-        # a tokenizer is callable, too, so one passed as generate is recognized by its decode
-        usable = tokenizer is not None if generate is None else callable(generate) and not hasattr(generate, "decode")
-        if not usable:
+        # a tokenizer passed as generate is callable, too, and is recognized by its decode
+        is_function = callable(generate) and not hasattr(generate, "decode")
+        if not is_function and (generate is not None or tokenizer is None):
             raise refused("panel_cannot_run", generate=type(generate).__name__, tokenizer=type(tokenizer).__name__)
         options = dict(template=template, max_new_tokens=max_new_tokens)
         self.generate: Callable[[str], object] = generate or text_stream(self.model, tokenizer, **options)
@@ -141,7 +141,7 @@ class SwapPanel(WorkingView):
     # ---- actions
 
     def choose(self, name: str | None) -> object:
-        """Swap (None: off) and, with ``run_on_swap``, run the prompt, as a click on an adapter does."""
+        """Swap (None: off) and, with ``run_on_swap``, run the prompt, like a click on an adapter."""
         return self._run(partial(self._then_run, self._swap, name))
 
     def pin(self) -> None:
@@ -153,17 +153,19 @@ class SwapPanel(WorkingView):
         return self._work() if self.run_on_swap else None
 
     def _swap(self, name: str | None) -> None:
-        doing = "turning the adapter off" if name is None else f"swapping {name} in"
-        self.swaps.append(self._make(doing, self._switch.off if name is None else partial(self._switch.swap, name)))
+        if name is None:
+            self.swaps.append(self._change_model("turning the adapter off", self._switch.off))
+        else:
+            self.swaps.append(self._change_model(f"swapping {name} in", partial(self._switch.swap, name)))
 
     def _set_strength(self, value: float) -> None:
-        self._make(f"setting the strength to {value}", lambda: setattr(self._switch, "strength", value))
+        self._change_model(f"setting the strength to {value}", lambda: setattr(self._switch, "strength", value))
 
-    def _make(self, doing: str, change: Callable[[], object]) -> float:
-        """Make a change. The status shows if it waits for threads that compute. Returns the seconds that it took."""
+    def _change_model(self, doing: str, change: Callable[[], object]) -> float:
+        """Make a change, and return the seconds that it took. The status line shows whether it waits."""
         self.doing: str = f"{doing}, as soon as no other thread computes with the model"
         seconds = self._when_free(change)
-        self.map.look()  # waits, as no refresh may
+        self.map.look()  # which may wait, unlike a refresh
         return seconds
 
     def _work(self) -> object:
@@ -173,8 +175,8 @@ class SwapPanel(WorkingView):
         with in_use(self.model):
             self._seen = self._now()
             run = self.answer = Run(str(self.prompt), whereabouts(self._switch), strength_of(self._switch))
-            given = self.generate(run.prompt)
-            for run.result in given if isinstance(given, Iterator) else [given]:
+            generated = self.generate(run.prompt)
+            for run.result in generated if isinstance(generated, Iterator) else [generated]:
                 self._progressed()
                 self._check()
             run.done = True
@@ -192,20 +194,22 @@ class SwapPanel(WorkingView):
 
     @property
     def title(self) -> str:
-        """What the panel shows."""
+        """A line above the panel."""
         return f"One model, {counted(len(self.names), 'adapter')}"
 
     @property
-    def _said(self) -> dict[str, Run]:
-        return {what: run for what, run in (("", self.answer), ("compared with ", self.pinned)) if run}
+    def _answers(self) -> dict[str, Run]:
+        """The answer and the pinned one, as far as there are such, by their labels."""
+        runs = ("", self.answer), ("compared with ", self.pinned)
+        return {f"{before}{run.label}": run for before, run in runs if run}
 
     def _lines(self) -> list[str]:
-        return [f"{what}{run.label}: {run.text}" for what, run in self._said.items()]
+        return [f"{label}: {run.text}" for label, run in self._answers.items()]
 
     def figure(self) -> Figure:
         """The map, with the answers below it. Times are left out, so that the same state gives the same picture."""
-        said = [(f"{what}{run.label}, asked “{run.prompt}”", run) for what, run in self._said.items()]
-        return self.map.figure(said, str(self))
+        answers = [(f"{label}, asked “{run.prompt}”", run) for label, run in self._answers.items()]
+        return self.map.figure(answers, str(self))
 
     def _build(self) -> list[w.Widget]:
         title, columns, *_, problem = super()._build()
@@ -219,25 +223,25 @@ class SwapPanel(WorkingView):
         self._when_clicked(self._slider, "strength", self._set_strength)
         self._box = w.Text(description="prompt", layout=w.Layout(width="320px", max_width=FITS))
         with warnings.catch_warnings():
-            # what ipywidgets 8 recommends instead would run the prompt when the box loses the focus, too
+            # the replacement that ipywidgets 8 recommends would also run the prompt when the box loses the focus
             warnings.simplefilter("ignore")
             self._box.on_submit(lambda _: self._clicked(self.start))
-        self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # with no refresh while the user types
+        self._when_set(self._box, lambda text: vars(self).update(prompt=text))  # no refresh while the user types
         self._run_button = self._button("Run", "run the prompt", self.start, button_style="primary")
-        asking = wrapping_row(self._box, *self._with_stop(self._run_button))
-        left = [self._style, self._radios, self._slider, asking, self._status]
+        prompt_row = wrapping_row(self._box, *self._with_stop(self._run_button))
+        left = [self._style, self._radios, self._slider, prompt_row, self._status]
         left = w.VBox(left, layout=w.Layout(flex="1 1 340px", min_width="0"))
         self._pin_button = self._button("Compare with this", "keep this answer next to later ones", self.pin)
-        self._answer, self._kept, self._picture, self._painted = speaking(), w.HTML(), w.HTML(), None
+        self._answer, self._kept, self._picture, self._painted = announced(), w.HTML(), w.HTML(), None
         shown = [self._answer, wrapping_row(self._pin_button, self._kept), self._picture]
         right = w.VBox(shown, layout=w.Layout(flex="1 1 320px", min_width="0"))
         return [w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", align_items="flex-start"))]
 
-    def _when_clicked(self, control: w.Widget, what: str, change: Callable[[object], object]) -> None:
-        """Make a change, and run the prompt, when a control is set: at once, or when the running job has ended."""
+    def _when_clicked(self, control: w.Widget, label: str, change: Callable[[object], object]) -> None:
+        """Make a change and run the prompt when a control is set: at once, or after the running job."""
 
         def clicked(value: object) -> None:
-            self._clicked(lambda: self._come(f"{what} {value}", partial(self._then_run, change, value)))
+            self._clicked(lambda: self._enqueue(f"{label} {value}", partial(self._then_run, change, value)))
 
         self._when_set(control, clicked)
 
@@ -248,9 +252,9 @@ class SwapPanel(WorkingView):
         self.map.look_now()
         if self._painted is not self.map.tiles:  # drawing takes a while, and a growing answer is shown often
             self._painted, self._picture.value = self.map.tiles, self.map._inside() if self.map.tiles else ""
-        self._radios.options = labels  # a pool may have grown since
+        self._radios.options = labels  # a pool may have grown
         self._slider.disabled = strength is None
-        # meanwhile, controls show what was chosen, and is not in the model yet
+        # during a job, controls show the user's choice, which is not in the model yet
         if not self.busy and self._next is None:
             self._radios.value = where if where in labels else None
             if strength is not None:

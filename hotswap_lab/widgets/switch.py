@@ -1,4 +1,7 @@
-"""Swaps by name in a pool, or in a model with the folders of its adapters: all that widgets need for swapping."""
+"""The widgets' interface for swaps by name: a pool, or a model with the folders of its adapters.
+
+Tests: ``tests/widgets/test_swap_panel.py`` and ``tests/widgets/test_changes.py``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +21,8 @@ from ..pools.members import check_named
 from ..swap import get_strength, hotswap_adapter, set_strength
 from ..threads import bases_of, locked
 
-#: the attribute of a base model, for all of its switches, by adapter name: what one of them swapped in, its name there,
-#: and its config in the model, which another swap replaces
+#: The attribute of a base model that its switches share. By adapter name: the source that a switch swapped in, its name
+#: in that switch, and its config in the model, which another swap replaces.
 SWITCHED = "hotswap_switched"
 
 
@@ -29,7 +32,7 @@ class ModelSwitch:
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
     >>> switch = ModelSwitch(model, {"sort": demo.adapter_path("sort")})
-    >>> switch.active                     # reverse, which is not one of these
+    >>> switch.active                     # None, because reverse is not one of these
     >>> switch.swap("sort")
     >>> switch.active
     'sort'
@@ -39,7 +42,7 @@ class ModelSwitch:
         self.model = model
         self.adapters: dict[str, object] = dict(adapters)
         self.adapter_name: str = name_in(model, adapter_name)
-        # raises if there is no such adapter
+        # raises if the model has no such adapter
         self._base: dict[str, Any] = find_host(model, self.adapter_name).base.__dict__
 
     @property
@@ -48,10 +51,11 @@ class ModelSwitch:
 
     @property
     def active(self) -> str | None:
-        source, last, config = self._base.get(SWITCHED, {}).get(self.adapter_name) or (None, None, None)
+        source, last_name, config = self._base.get(SWITCHED, {}).get(self.adapter_name) or (None, None, None)
         names = [name for name, own in self.adapters.items() if own is source or (type(own) is str and own == source)]
-        is_in = names and config is config_of(self) and strength_of(self) != 0
-        return None if not is_in else last if last in names else names[0]
+        if not names or config is not config_of(self) or strength_of(self) == 0:
+            return None
+        return last_name if last_name in names else names[0]
 
     @property
     def strength(self) -> float:
@@ -72,12 +76,12 @@ class ModelSwitch:
         self.strength = 0
 
 
-#: what swaps by name
+#: an object that swaps by name
 Switch = AdapterPool | ModelSwitch
 
 
 def demo_pool(**options: Any) -> tuple[AdapterPool, Any]:
-    """A pool of the embedded model with all of its adapters, and the tokenizer.
+    """Return a pool of the embedded model with all of its adapters, and the tokenizer.
 
     >>> pool, _ = demo_pool(rows=2)
     >>> len(pool), pool.active
@@ -93,11 +97,11 @@ def switch_for(
     adapters: Mapping[str, object] | None = None,
     adapter_name: str | None = None,
 ) -> Switch:
-    """The pool or switch that a widget was given, or a switch for the model that it was given.
+    """Return a widget's argument if it is a pool or a switch, or a switch for it if it is a model.
 
     >>> switch_for(42)
     Traceback (most recent call last):
-    hotswap_lab.core.errors.HotswapError: A widget can't swap in this.
+    hotswap_lab.core.errors.HotswapError: A widget can't swap adapters in this object.
       found:    int without adapters
       expected: an AdapterPool, or a model and adapters={name: folder, ...}, not both
       next:     pass one of these
@@ -116,10 +120,10 @@ def config_of(switch: Switch) -> PeftConfig:
 
 
 def contents(owner: object) -> tuple[list[object], list[object]]:
-    """What is in the models of ``owner``, to compare with later: of the base models, and of their adapters.
+    """Return the states of the base models and of the adapters in ``owner``, to compare with later ones.
 
-    They stay equal until a swap, a version counter, or what PEFT notes on a layer shows a change. A pool knows what it
-    wrote, so it is no change if a block puts the previous adapter back.
+    States stay equal until a swap, a tensor's version counter, or PEFT's attributes of a layer show a change. A pool
+    records its own writes, so a block that restores the previous adapter doesn't count as a change.
 
     >>> from hotswap_lab import demo, set_strength
     >>> model, _ = demo.load("reverse")
@@ -128,28 +132,28 @@ def contents(owner: object) -> tuple[list[object], list[object]]:
     >>> [now == previous for now, previous in zip(contents(model), before)]
     [True, False]
     """
-    own, adapters = [], []
+    bases, adapters = [], []
     for host in hosts_in(owner):
-        writes = sum(each._version for each in host.base.parameters() if not each.is_inference())
+        writes = sum(parameter._version for parameter in host.base.parameters() if not parameter.is_inference())
         for name, config in host.configs.items():
             if (room := room_of(host.base, name)) and not room.is_touched:
                 writes -= room._versions_now()
                 adapters += room.state, room.assigned
             else:
                 adapters.append(vars(config).get(WHEN))
-        layers = [each for each in host.base.modules() if isinstance(each, BaseTunerLayer)]
-        own += writes, [(each.disable_adapters, each.active_adapters, [*each.merged_adapters]) for each in layers]
-        adapters += [[*map(float, getattr(each, "scaling", {}).values())] for each in layers]
-    return own, adapters
+        layers = [module for module in host.base.modules() if isinstance(module, BaseTunerLayer)]
+        bases += writes, [(layer.disable_adapters, layer.active_adapters, [*layer.merged_adapters]) for layer in layers]
+        adapters += [[*map(float, getattr(layer, "scaling", {}).values())] for layer in layers]
+    return bases, adapters
 
 
 def is_off(layer: torch.nn.Module, name: str) -> bool:
-    """Whether PEFT has turned an adapter off on a layer, by disabling all or by activating another one."""
+    """Whether PEFT has turned an adapter off on a layer, by disabling all adapters or by activating another one."""
     return getattr(layer, "disable_adapters", False) or name not in getattr(layer, "active_adapters", [name])
 
 
 def whereabouts(switch: Switch) -> str:
-    """The active adapter, ``"off"``, or ``"another adapter"``.
+    """Return the active adapter's name, ``"off"``, or ``"another adapter"``.
 
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
@@ -160,12 +164,14 @@ def whereabouts(switch: Switch) -> str:
     >>> whereabouts(switch)
     'off'
     """
-    off = [is_off(each, switch.adapter_name) for each in switch.model.modules() if isinstance(each, BaseTunerLayer)]
-    return "off" if strength_of(switch) == 0 or (off and all(off)) else switch.active or "another adapter"
+    layers = [module for module in switch.model.modules() if isinstance(module, BaseTunerLayer)]
+    if strength_of(switch) == 0 or (layers and all(is_off(layer, switch.adapter_name) for layer in layers)):
+        return "off"
+    return switch.active or "another adapter"
 
 
 def strength_of(switch: Switch) -> float | None:
-    """The strength; None if it can't be set, as for DoRA, or if layers have different ones."""
+    """Return the strength, or None if it can't be set, as for DoRA, or if layers have different ones."""
     try:
         return None if not_scaled(config_of(switch)) else switch.strength
     except ValueError:

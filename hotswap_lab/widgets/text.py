@@ -1,4 +1,7 @@
-"""Streams a language model's answers token by token."""
+"""Stream a language model's answers token by token.
+
+Tests: ``tests/widgets/test_swap_panel.py``.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +14,7 @@ from ..core.errors import refused
 def text_stream(
     model: torch.nn.Module, tokenizer: object, *, template: str | None = None, max_new_tokens: int = 64
 ) -> Callable[[str], Iterator[str]]:
-    """A function that answers a prompt greedily and yields the answer so far after each token.
+    """Return a function that answers a prompt greedily and yields the answer so far after each token.
 
     Parameters
     ----------
@@ -26,7 +29,7 @@ def text_stream(
     Raises
     ------
     HotswapError
-        If the template has no ``{}``; and by the function, if the prompt is empty or the tokenizer doesn't know it.
+        If the template has no ``{}``. The function raises it if the prompt is empty or the tokenizer doesn't know it.
 
     Examples
     --------
@@ -50,15 +53,15 @@ def text_stream(
         else:
             ids = tokenizer((template or "{}").replace("{}", prompt), return_tensors="pt")["input_ids"][0]
         ids = ids.to(next(model.parameters()).device)
-        room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        limit = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        limit = max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
         past = {}
 
         # for each call, because a generator must not turn its caller's gradients off between two tokens
         @torch.no_grad()
         def logits_after(ids: torch.Tensor) -> torch.Tensor:
             output = model(input_ids=ids[None], **past, use_cache=True)
-            # the keys and values have the same name in a model's outputs and inputs: newer versions call it `cache`
+            # the KV cache has the same name in a model's outputs and inputs, which newer versions call `cache`
             name = "cache" if "cache" in output else "past_key_values"
             past[name] = output[name]
             return output.logits[0, -1]

@@ -1,4 +1,4 @@
-"""The base class of all widgets: a static form that is stored, and a live form that replaces it while a kernel runs."""
+"""The base class of all widgets: a static view that is stored, and a live view that hides it while a kernel runs."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as _error:
     raise ImportError(f'{_error}: pip install "hotswap_lab[widgets]"', name="ipywidgets") from _error
 
-#: what a view says that shows what was in a model before
+#: the note on a view of a previous state of a model
 CHANGED = "changed since: run again"
 #: seconds between two looks for a change
 EVERY = 0.5
@@ -31,15 +31,15 @@ FITS = "calc(100% - 4px)"
 
 FOLDER = Path(__file__).parent
 STYLE = f"<style>{Template((FOLDER / 'live.css').read_text('utf-8')).substitute(vars(palette))}</style>"
-# nothing is loaded: the picture is empty, and only starts the script when the widget is in the page
+# nothing is loaded: the image is empty, and starts the script once the widget is in the page
 _script = re.sub("//.*", "", (FOLDER / "live.js").read_text("utf-8"))
 SCRIPT = f'<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" onload="this.onerror()" onerror="{_script}">'
-# before the static form: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
+# comes before the static view: hides JupyterLab's "Loading widget..." below it, in a saved notebook without a kernel
 QUIET = (FOLDER / "quiet.html").read_text("utf-8")
 
 
 def escape(text: object) -> str:
-    """Escape text for HTML, so that nothing in a prompt, a name or an error becomes markup.
+    """Escape text for HTML, so that prompts, names and errors can't become markup.
 
     >>> escape("<b>")
     '&lt;b&gt;'
@@ -47,39 +47,39 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def counted(count: int, what: str) -> str:
-    """A count with a noun, singular or plural.
+def counted(count: int, noun: str) -> str:
+    """Return a count with a noun, singular or plural.
 
     >>> counted(1, "swap"), counted(2, "swap")
     ('1 swap', '2 swaps')
     """
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def wrapping_row(*children: w.Widget) -> w.HBox:
-    """A row of controls that wraps on a narrow page."""
+    """Return a row of controls that wraps on a narrow page."""
     return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
 
-def speaking(**options: object) -> w.HTML:
-    """A text widget that a screen reader reads out when it changes."""
+def announced(**options: object) -> w.HTML:
+    """Return a text widget that a screen reader reads out when it changes."""
     return w.HTML(_dom_classes=["hotswap-says"], **options)
 
 
 def choices(**options: object) -> w.ToggleButtons:
-    """Toggle buttons for adapters."""
+    """Return toggle buttons for adapters."""
     return w.ToggleButtons(_dom_classes=["hotswap-choices"], **options)
 
 
 def note_cell(*_: object) -> None:
-    """Have all live forms look for a change: a cell has ended, and may have changed a model by other code."""
+    """Make all live views check for a change, because other code may have changed a model in the cell that ended."""
     LATEST[0] = object()
 
 
 def _follow(view: "weakref.ref[View]", loop: asyncio.AbstractEventLoop, seen: object = None) -> None:
-    """Update a live form if anything has changed, again and again until it is closed or gone.
+    """Update a live view after each change, until it is closed or gone.
 
-    In an event loop, where the code that made the change holds no lock.
+    It runs in an event loop, where the code that made the change holds no lock.
     """
     now, shown = LATEST[0], view()
     if shown and shown.box.comm:
@@ -94,9 +94,9 @@ def _follow(view: "weakref.ref[View]", loop: asyncio.AbstractEventLoop, seen: ob
 class View:
     """The base class of widgets: a title, controls, a status, and a body.
 
-    A subclass defines ``summary``, ``figure`` or ``_inside``, and for the live form ``_controls`` and ``_refresh``.
-    A notebook shows two outputs: the static form, which stays in the saved notebook, and the live form, which hides the
-    static one while it is shown. Setting a public attribute updates the live form.
+    A subclass defines ``summary``, ``figure`` or ``_inside``, and for the live view ``_controls`` and ``_refresh``.
+    A notebook shows two outputs: the static view, which stays in the saved notebook, and the live view, which hides the
+    static one. Setting a public attribute updates the live view.
 
     >>> class Hello(View):
     ...     summary = "hello"
@@ -106,11 +106,11 @@ class View:
 
     #: one line that describes the widget's state
     summary = ""
-    #: a title that says what the widget shows; without one, it is the class and the summary
+    #: the widget's title; without one, the head is the class and the summary
     title = ""
-    #: whether it is at work, and shows that
+    #: whether a job is running
     busy = False
-    #: what was in the model when the view read it, or began to compute with it
+    #: the state of the model when the view read it, or began to run it
     _seen: object = None
 
     def __new__(cls, *args: object, **options: object) -> "View":
@@ -124,18 +124,18 @@ class View:
         if not name.startswith("_"):
             self._changed()
 
-    # ---- whether it is still so
+    # ---- changes of the model
 
     def _now(self) -> object:
-        """What is in the model now. Note it as ``_seen`` where no other thread can change it: inside ``in_use``."""
+        """The model's state. Store it as ``_seen`` where no other thread can change it: inside ``in_use``."""
         return contents(self)
 
     @property
     def _note(self) -> str:
-        """Why the view doesn't show what is in the model: it is gray then, and says so."""
+        """The note on a view that doesn't show the model's state, and is gray; empty if it does."""
         return CHANGED if self._seen and not self.busy and self._seen != self._now() else ""
 
-    # ---- the static form
+    # ---- the static view
 
     def __str__(self) -> str:
         return f"{type(self).__name__}: {self.summary}"
@@ -148,7 +148,7 @@ class View:
         return None
 
     def to_html(self) -> str:
-        """The static form as HTML, which needs no kernel, network or scripts."""
+        """The static view as HTML, which needs no kernel, network or scripts."""
         return f"<div>{self._head()}{f'<div>{self._note}</div>' if self._note else ''}{self._inside()}</div>"
 
     def _head(self) -> str:
@@ -160,35 +160,35 @@ class View:
         return self._framed(figure) if figure else ""
 
     def _framed(self, *parts: Figure) -> str:
-        """The parts of a picture next to each other where there is room, else below each other."""
-        shrinking = []
+        """The parts of a picture, next to each other on a wide page, and below each other on a narrow one."""
+        resizable = []
         for part in parts:
-            width, _ = part.size  # as wide as there is room, within reason
+            width, _ = part.size
             style = f"flex:1 1 {0.8 * width:g}px;min-width:0;max-width:{1.4 * width:g}px;height:auto"
-            shrinking.append(part.svg.replace("<svg ", f"<svg style='{style}' ", 1))
+            resizable.append(part.svg.replace("<svg ", f"<svg style='{style}' ", 1))
         look = f"data-note='{escape(self._note)}' style='display:flex;flex-wrap:wrap'"
-        return f"<div class='hotswap-picture' {look}>{''.join(shrinking)}</div>"
+        return f"<div class='hotswap-picture' {look}>{''.join(resizable)}</div>"
 
     def _static(self) -> dict[str, str]:
-        """The output that a saved notebook keeps. The same state gives the same output."""
+        """The output in a saved notebook. The same state gives the same output."""
         figure = self.figure()
-        # GitHub shows a picture by itself, but removes pictures in HTML: an old one has to be with its note
+        # GitHub removes pictures from HTML, so a picture is HTML only where it needs the note
         shown = figure._repr_mimebundle_() if figure and not self._note else {"text/html": self.to_html()}
         return {**shown, "text/plain": str(self)}
 
-    # ---- the live form
+    # ---- the live view
 
     @cached_property
     def box(self) -> w.VBox:
-        """The live form, an ipywidgets ``VBox``, which can be put into another layout."""
-        with contextlib.suppress(RuntimeError):  # a thread without an event loop: its clicks update it
+        """The live view, an ipywidgets ``VBox``, which can be put into another layout."""
+        with contextlib.suppress(RuntimeError):  # in a thread without an event loop, only clicks update the view
             (loop := asyncio.get_running_loop()).call_soon(_follow, weakref.ref(self), loop)
         look = w.HTML(STYLE + SCRIPT, layout=w.Layout(display="none"))
         return w.VBox([look, *self._build()], _dom_classes=["hotswap-live"])
 
     def _build(self) -> list[w.Widget]:
-        """Create the live form's widgets, once."""
-        self._title, self._status, self._body = speaking(), speaking(), w.HTML()
+        """Create the live view's widgets, once."""
+        self._title, self._status, self._body = announced(), announced(), w.HTML()
         return [self._title, *self._controls(), self._status, self._body]
 
     def _controls(self) -> list[w.Widget]:
@@ -196,7 +196,7 @@ class View:
         return []
 
     def _refresh(self) -> None:
-        """Update the live form to the current state."""
+        """Update the live view to the current state."""
         self._title.value = self._head()
         self._refresh_body()
 
@@ -204,13 +204,13 @@ class View:
         self._body.value = self._inside()
 
     def _changed(self) -> None:
-        """Update the live form, if there is one. Call it after a change of state that sets no public attribute."""
+        """Update the live view, if there is one. Call it after a change of state that sets no public attribute."""
         if "box" in self.__dict__ and not self._refreshes._is_owned():
             self._refresh_box()
 
     def _refresh_box(self) -> None:
         with self._refreshes:
-            _ = self.box  # which a refresh needs
+            _ = self.box  # created before the refresh, which needs it
             self._refresh()
 
     def _ipython_display_(self) -> None:
@@ -226,7 +226,7 @@ class View:
     def _when_set(self, control: w.Widget, act: Callable[[object], object]) -> None:
         """Call ``act`` with a control's value when the user sets it, but not when a refresh does.
 
-        Another thread may have changed the state since the refresh read it, and that change would be lost.
+        Acting on a refresh would lose a change that another thread made after the refresh had read the state.
         """
 
         def changed(change: dict[str, object]) -> None:

@@ -1,4 +1,7 @@
-"""The base class of widgets with long jobs: one at a time, in a thread of its own, which can be stopped."""
+"""The base class of widgets with long jobs, which run one at a time, in their own threads, and can be stopped.
+
+Tests: ``tests/widgets/test_view.py`` and ``tests/widgets/test_two_at_once.py``.
+"""
 
 import contextlib
 import contextvars
@@ -22,18 +25,18 @@ from .view import View, escape, w
 
 #: seconds that a swap waits before it checks whether it was stopped
 PATIENCE = 0.5
-#: seconds between updates of the live form while a job runs
+#: seconds between updates of the live view while a job runs
 SHOW_EVERY = 0.1
-#: the swaps whose times are shown
+#: the number of swaps whose times are shown
 SWAPS = 20
 
 
 class Stopped(BaseException):
-    """Raised in a job that was stopped. It is no ``Exception``, so code that handles errors doesn't catch it."""
+    """Raised in a job that was stopped. It isn't an ``Exception``, so code that handles errors doesn't catch it."""
 
 
 def message(error: BaseException) -> str:
-    """The type and the message of an error.
+    """Return the type and the message of an error.
 
     >>> message(ValueError("no"))
     'ValueError: no'
@@ -42,7 +45,7 @@ def message(error: BaseException) -> str:
 
 
 def error_html(error: BaseException, trace: bool = False) -> str:
-    """An error as HTML, with its traceback if ``trace``. A screen reader reads it out at once.
+    """Return an error as HTML, with its traceback if ``trace``. A screen reader reads it out at once.
 
     >>> "&lt;b&gt;" in error_html(ValueError("no <b>"))
     True
@@ -54,18 +57,18 @@ def error_html(error: BaseException, trace: bool = False) -> str:
 
 
 class WorkingView(View):
-    """The base class of widgets with jobs: it runs one at a time, and shows errors.
+    """The base class of widgets with jobs. It runs one job at a time, and shows errors.
 
-    :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_come` runs it in a
-    thread of its own, as clicks do, so that the next cell doesn't wait for it; it computes in the modes (gradients,
-    inference) of the cell that made the widget. A job calls :meth:`_check` now and then, which raises :class:`Stopped`
-    if :meth:`stop` was called. A widget's main job is its ``_work``.
+    :meth:`_run` runs a job in the caller's thread, so that Jupyter's interrupt stops it. :meth:`_enqueue`, which clicks
+    call, runs it in a new thread, so that the next cell doesn't wait for it. That thread has the modes (gradients,
+    inference) of the cell that made the widget. A job often calls :meth:`_check`, which raises :class:`Stopped` if
+    :meth:`stop` was called. A widget's main job is its ``_work``.
 
     >>> view = WorkingView()
     >>> view._run(lambda: 1 + 1)
     2
     >>> results = []
-    >>> view._come("three", lambda: results.append(3))
+    >>> view._enqueue("three", lambda: results.append(3))
     >>> view.wait(timeout=10), results
     (True, [3])
     """
@@ -80,14 +83,14 @@ class WorkingView(View):
     def __new__(cls, *args: object, **options: object) -> "WorkingView":
         self = super().__new__(cls)
         self._lock = threading.Lock()
-        # A compiled model recompiles for other modes. Each thread has its own, and a click may come in any thread.
+        # A compiled model recompiles if the modes change. Each thread has its own, and any thread may get a click.
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._stopped, self._shown = False, 0.0
         #: the times of the last swaps, in seconds
         self.swaps: deque[float] = deque(maxlen=SWAPS)
-        #: the click that waits, with its job
+        #: the label and the job of the waiting click
         self._next: tuple[str, Callable[[], object]] | None = None
-        #: the thread of the last job that was started
+        #: the thread of the job that was started last
         self._thread: threading.Thread | None = None
         self._clicks = Clicks()
         return self
@@ -97,7 +100,7 @@ class WorkingView(View):
         return "\n".join([super().__str__(), *self._lines(), *filter(None, [self._note]), *error])
 
     def _lines(self) -> list[str]:
-        """The lines of the text form after the first."""
+        """The lines of the text after the first."""
         return []
 
     def to_html(self) -> str:
@@ -109,22 +112,22 @@ class WorkingView(View):
         return self._lock.locked()
 
     def run(self) -> Any:
-        """Run the widget's main job and return its result; None if :meth:`stop` ended it.
+        """Run the widget's main job and return its result, or None if :meth:`stop` ended it.
 
         Jupyter's interrupt ends it, too.
         """
         return self._run(self._work)
 
     def start(self) -> None:
-        """Start the widget's main job in a thread of its own, as its button does. It waits for a running one to end."""
-        self._come("run", self._work)
+        """Start the widget's main job in a new thread, as its button does. It waits for a running job to end."""
+        self._enqueue("run", self._work)
 
     def stop(self) -> None:
-        """End the running job as soon as possible, and cancel a click that waits. The answer so far is kept."""
+        """End the running job as soon as possible, and cancel a waiting click. The answer so far is kept."""
         self._next, self._stopped = None, True
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for started jobs to end, at most ``timeout`` seconds. Returns whether no job is running."""
+        """Wait for started jobs to end, at most ``timeout`` seconds. Return whether no job is running."""
         end = time.monotonic() + (math.inf if timeout is None else timeout)
         # the end of one job may have started another
         while self._thread is not None and self._thread.is_alive() and (left := end - time.monotonic()) > 0:
@@ -134,47 +137,47 @@ class WorkingView(View):
     # ---- jobs
 
     def _run(self, job: Callable[[], object]) -> object:
-        """Run a job in this thread and return its result; None if it was stopped."""
-        mine = False
+        """Run a job in this thread and return its result, or None if it was stopped."""
+        has_begun = False
         try:
-            with interrupts_held():  # Ctrl-C between taking the lock and knowing about it would leave it taken
-                mine = self._begin()
-            if not mine:
+            with interrupts_held():  # Ctrl-C between acquiring the lock and recording that would leave it locked
+                has_begun = self._begin()
+            if not has_begun:
                 raise refused("widget_busy")
             return self._do(job)
         finally:
-            if mine:
-                self._free()
+            if has_begun:
+                self._end()
 
-    def _come(self, what: str, job: Callable[[], object]) -> None:
-        """Carry out a click, now or when the running job has ended. ``what`` describes it in the status line.
+    def _enqueue(self, label: str, job: Callable[[], object]) -> None:
+        """Run a click's job, now or when the running job has ended. ``label`` describes it in the status line.
 
-        If several wait, the last one counts. Controls that call this stay enabled and in place meanwhile. Otherwise a
-        click would be lost if they changed between pressing and releasing the mouse, and so would the keyboard's focus.
+        If several clicks wait, the last one counts. Controls that call this stay enabled and in place during a job. If
+        they changed between pressing and releasing the mouse, the click and the keyboard's focus would be lost.
         """
-        self._next = what, job
-        self._carry_on()
+        self._next = label, job
+        self._start_next()
 
-    def _carry_on(self) -> None:
-        """Start the job of the click that waits, in a thread of its own. If another one runs, that one does it."""
+    def _start_next(self) -> None:
+        """Start the waiting click's job in a new thread. If a job is running, its end calls this again."""
         context = contextvars.copy_context()
-        context.run(AROUND.set, ())  # a block that this code is in doesn't wait for the job
+        context.run(AROUND.set, ())  # a block around this code doesn't wait for the job
         # a daemon thread, so that a job that hangs doesn't keep the kernel alive
-        thread = threading.Thread(target=context.run, args=(self._job,), name="hotswap-work", daemon=True)
+        thread = threading.Thread(target=context.run, args=(self._run_next,), name="hotswap-work", daemon=True)
         with interrupts_held():
             if self._next is not None and self._begin():
                 self._thread = thread
                 return thread.start()
         self._changed()
 
-    def _job(self) -> None:
-        (grad, inference), waiting, self._next = self._modes, self._next, None
+    def _run_next(self) -> None:
+        (grad, inference), click, self._next = self._modes, self._next, None
         try:
             # the widget shows the error, because this thread has no caller to raise it to
             with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
-                self._do(waiting[1] if waiting else lambda: None)
+                self._do(click[1] if click else lambda: None)
         finally:
-            self._free()
+            self._end()
 
     def _begin(self) -> bool:
         begun = self._lock.acquire(blocking=False)
@@ -193,9 +196,9 @@ class WorkingView(View):
         self.error = None
         return result
 
-    def _free(self) -> None:
+    def _end(self) -> None:
         self._lock.release()
-        self._carry_on()
+        self._start_next()
 
     # ---- for jobs
 
@@ -205,32 +208,32 @@ class WorkingView(View):
             raise Stopped
 
     def _progressed(self) -> None:
-        """Update the live form, unless that was done a moment ago."""
+        """Update the live view, unless it was updated a moment ago."""
         if time.perf_counter() - self._shown > SHOW_EVERY:
             self._shown = time.perf_counter()
             self._changed()
 
     def _when_free(self, change: Callable[[], object]) -> float:
-        """Make a change when no other thread computes with the model. Returns the seconds that the change took.
+        """Make a change when no other thread computes with the model. Return the seconds that the change took.
 
-        The change waits by itself, and Jupyter's interrupt can end that. In a started job, only :meth:`stop` can.
+        The change itself waits. Jupyter's interrupt can end the wait, but in a started job only :meth:`stop` can.
         """
-        beside = threading.current_thread() is self._thread
+        is_started_job = threading.current_thread() is self._thread
         while True:
             start = time.perf_counter()
             try:
-                with waiting_at_most(PATIENCE) if beside else contextlib.nullcontext():
+                with waiting_at_most(PATIENCE) if is_started_job else contextlib.nullcontext():
                     change()
                 return time.perf_counter() - start
             except ModelInUseError:
-                if not beside:
+                if not is_started_job:
                     raise
             self._check()
 
-    # ---- the live form
+    # ---- the live view
 
     def _build(self) -> list[w.Widget]:
-        self._problem = w.HTML()  # comes last, since its height changes
+        self._problem = w.HTML()  # comes last, because its height changes
         return [*super()._build(), self._problem]
 
     def _button(self, label: str, tooltip: str, act: Callable[[], object], **options: object) -> w.Button:
@@ -239,8 +242,8 @@ class WorkingView(View):
         return button
 
     def _clicked(self, act: Callable[[], object]) -> None:
-        """Handle a click by calling ``act``, which must be quick, unless a later click was handled before."""
-        if self._clicks.take(act):
+        """Handle a click by calling ``act``, which must be quick, unless a later click was already handled."""
+        if self._clicks.accept(act):
             keep_apart_from_cells(self.box)
         else:
             self._changed()  # moves a slider back
@@ -252,8 +255,10 @@ class WorkingView(View):
         return [*starters, self._stop_button]
 
     def _state(self) -> str:
-        """The text of the status line: why the widget is busy, or that the model has changed, or nothing."""
-        return f"busy: {self.doing}" + (f"; then {self._next[0]}" if self._next else "") if self.busy else self._note
+        """The text of the status line: the running job and the waiting click, or the view's note."""
+        if not self.busy:
+            return self._note
+        return f"busy: {self.doing}" + (f"; then {self._next[0]}" if self._next else "")
 
     def _refresh(self) -> None:
         super()._refresh()

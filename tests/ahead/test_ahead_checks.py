@@ -144,7 +144,7 @@ def other_ropes(model):
 
 
 def other_function(model):
-    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh()
+    model.get_base_model().model.layers[1].mlp.act_fn = nn.Tanh().eval()
     return model
 
 
@@ -232,15 +232,15 @@ def test_a_damaged_file(granites, tmp_path):
     wheres = [each + at for each in starts for at in (0, 20, 90)] + draw.choices(range(len(content)), k=60)
     for where in wheres:
         damaged.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
-        with pytest.raises(HotswapError, match="no file of aoti_compile, or a damaged one"):
+        with pytest.raises(HotswapError, match="a file of aoti_compile, or it is corrupt"):
             bind(damaged, model)
     for record in ("notes.json", "values.safetensors", "_metadata.json"):
         rewritten(package, damaged, lambda name, old, record=record: b"{}" if name == record else old, sealed=False)
-        refused("a damaged one", partial(bind, damaged), model)
+        refused("it is corrupt", partial(bind, damaged), model)
     for part in (content[: len(content) // 2], b"PK\x03\x04 and nothing else"):
         damaged.write_bytes(part)
-        refused("a damaged one", partial(bind, damaged), model)
-    refused("no file of aoti_compile", partial(bind, tmp_path / "none.pt2"), model)
+        refused("it is corrupt", partial(bind, damaged), model)
+    refused("a file of aoti_compile", partial(bind, tmp_path / "none.pt2"), model)
 
 
 def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
@@ -251,7 +251,7 @@ def test_the_code_is_proven_when_it_is_bound(granites, monkeypatch):
     monkeypatch.setattr(mlp, "forward", lambda self, x: 1.01 * forward(self, x))
     model = make()
     state = torch.get_rng_state()
-    error = refused("does not compute what the model does", lambda model: bind(path, model), model)
+    error = refused("outputs of the compiled code differ from the model", lambda model: bind(path, model), model)
     assert "prove=False" in str(error)
     bind(path, model, prove=False)
     monkeypatch.undo()
@@ -282,6 +282,17 @@ def move(model):
     base_layer.weight.data = base_layer.weight.data.clone()
 
 
+def transpose(model):
+    """The same memory, read in another order."""
+    weight = parts(model)[1].base_layer.weight
+    weight.data = weight.data.t()
+
+
+def narrow(model):
+    weight = parts(model)[1].base_layer.weight
+    weight.data = weight.data[:4]
+
+
 def move_scaling(model):
     """Two tensors of one element can be equal; one of them is not the one that the code reads."""
     buffers = parts(model)[1]._buffers
@@ -304,6 +315,13 @@ def load_again(model):
 
 CHANGES = {
     "training": (lambda model: model.train(), "training mode"),
+    "a layer in training": (lambda model: parts(model)[0].train(), r"training mode in model.layers.0.mlp"),
+    "a base layer in training": (
+        lambda model: parts(model)[1].base_layer.train(),
+        r"training mode in model.layers.1.self_attn.q_proj.base_layer",
+    ),
+    "transposed": (transpose, "moved, replaced or resized"),
+    "narrowed": (narrow, "moved, replaced or resized"),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapters that are disabled"),
     "merged": (lambda model: model.merge_adapter(), "an adapter that is merged, 'default'"),
     "another adapter": (add_another, r"the active adapters \['other'\]"),
@@ -324,7 +342,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", few_of(CHANGES, list(CHANGES)[::3]))
+#: the others are for the long command
+OFTEN = {*list(CHANGES)[::3], "a layer in training", "a base layer in training", "transposed", "narrowed"}
+
+
+@pytest.mark.parametrize("change", few_of(CHANGES, OFTEN))
 def test_a_model_that_has_changed_since(granites, change):
     (make, path), (action, match) = granites, CHANGES[change]
     ahead = bind(path, model := make())
@@ -391,7 +413,7 @@ def test_float64_that_is_rounded_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(Rounded, "forward", lambda self, x: self.first(x).float().tanh().double())
     bind(path, model)
     monkeypatch.setattr(Rounded, "forward", lambda self, x: 1.01 * self.first(x).tanh())
-    refused("does not compute", lambda model: bind(path, model), model)
+    refused("outputs of the compiled code differ", lambda model: bind(path, model), model)
 
 
 #: what is compiled; what the model computes when it is bound; what that is refused with

@@ -266,7 +266,7 @@ def test_no_control_moves_when_another_adapter_becomes_active_or_an_answer_comes
         places.append(panel.evaluate(PLACES))
         panel.get_by_role("button", name="Compare with this").click()
     assert places[0] == places[1] == places[2]
-    rows.get_by_role("textbox", name="asked").first.fill("kernel")
+    rows.get_by_role("textbox", name="request 0").first.fill("kernel")
     before = rows.evaluate(PLACES)
     rows.get_by_role("button", name="Answer all").click()
     expect(rows).to_contain_text("kernel")  # the text of an answer, but not of a box

@@ -163,7 +163,7 @@ def test_a_wrong_path_is_refused_and_nothing_else_is_tried(by, make, monkeypatch
     make(path)
     if by == "variable":
         monkeypatch.setenv(smollm2.PATH_VARIABLE, str(path))
-    error = refused(r"There is no SmolLM2 in .*given", smollm2.find, path if by == "argument" else None)
+    error = refused(r"given.* does not have SmolLM2", smollm2.find, path if by == "argument" else None)
     assert smollm2.PATH_VARIABLE in error.refusals[0].next_step
 
 
@@ -279,5 +279,5 @@ def test_the_slower_of_two_waits_and_takes_what_is_there(gguf_file, in_this_proc
 def test_a_damaged_file_is_refused(gguf_file, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file[0].read_bytes()[:1000])
-    refused("could not be turned into a model", smollm2.load_base, cut)
+    refused("could not be converted to a model", smollm2.load_base, cut)
     assert folders(tmp_path / "cache") == []

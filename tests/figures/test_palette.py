@@ -63,8 +63,29 @@ def test_adapters_can_be_told_apart_by_color_blind_readers(how):
     assert min(math.dist(*pair) for pair in itertools.combinations(seen, 2)) >= 12
 
 
+def test_no_adapter_looks_right_and_in_the_dark_the_base_is_not_padding():
+    def distance(*colors):
+        return math.dist(*(lab(color, np.eye(3)) for color in colors))
+
+    assert min(distance(color, palette.RIGHT) for color in ADAPTERS) >= 40
+    grays = [palette.DARK[color] for color in (palette.CARD, palette.OFF, palette.BASE, palette.MUTED)]
+    assert min(itertools.starmap(distance, itertools.combinations(grays, 2))) >= 6
+
+
+@pytest.mark.parametrize("color", ADAPTERS)
+def test_the_steps_of_a_scale_can_be_told_apart(color):
+    tints = [lab(tint, np.eye(3)) for tint in (palette.BASE, *palette.ramp(color))]
+    assert min(itertools.starmap(math.dist, itertools.pairwise(tints))) >= 8
+
+
 def test_each_adapter_of_a_family_has_its_own():
     accents = {palette.BASE, palette.OURS, palette.PEFT, palette.ADAPTER}
     for names in (demo.adapter_names(), digits.names(), voices.names()):
         assert len({*map(adapter_color, names)} | accents) == len(names) + len(accents)
-    assert adapter_color("someone's") in ADAPTERS
+
+
+def test_users_adapters_get_colors_in_the_order_they_come(monkeypatch):
+    monkeypatch.setattr(palette, "_USERS", {})
+    names = [f"user {number}" for number in range(len(ADAPTERS))]
+    assert tuple(map(adapter_color, names)) == ADAPTERS
+    assert adapter_color("user 3@2") == adapter_color("user 3") == ADAPTERS[3]

@@ -13,10 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 from hub_stand_in import Fault, StandInHub
-from huggingface_hub import HfApi, ModelInfo, close_session, constants, hf_api
+from huggingface_hub import HfApi, ModelInfo, close_session, constants, hf_api, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lengths import long
 from models import KINDS, load, save_random_adapter
 from oracle import assert_equals_fresh_load
+from peft import PeftModel
 from refusals import refused
 
 from hotswap_lab import (
@@ -183,6 +185,29 @@ def test_bin_files_where_there_are_no_safetensors(hub, swaps_in, tmp_path, monke
     swaps_in("new")
     assert {"adapter_config.json", "adapter_model.bin"} == set(downloads(hub))
     go_offline(monkeypatch)
+    swaps_in("new")
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_bin_file_alone_in_the_cache(hub, model, swaps_in, tmp_path, monkeypatch, is_known):
+    """A fresh load takes it only if the repository has no safetensors: it asks the Hub, even with local_files_only."""
+    files = hub.repositories["team/adapter"]["main"]
+    torch.save(safetensors.torch.load(files[WEIGHTS]), tmp_path / "adapter_model.bin")
+    files["adapter_model.bin"] = (tmp_path / "adapter_model.bin").read_bytes()
+    if is_known:
+        del files[WEIGHTS]
+        swaps_in("new")
+        swaps_in("new", local_files_only=True)
+        return
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        hf_hub_download("team/adapter", name)
+    with pytest.raises(LocalEntryNotFoundError):
+        PeftModel.from_pretrained(KIND.base(), "team/adapter", local_files_only=True)
+    refused(
+        "next: .*leave out local_files_only", hotswap_adapter, model, "team/adapter", "default", local_files_only=True
+    )
+    go_offline(monkeypatch)  # here a fresh load has nobody to ask, and takes it
+    PeftModel.from_pretrained(KIND.base(), "team/adapter")
     swaps_in("new")
 
 

@@ -305,7 +305,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, name, kind):
         (there / "notes.txt").write_text("mine")
     if kind == "link to a folder":
         (tmp_path / "target" / name).symlink_to(there)
-    refused(f"a {name} there that is a folder, a pipe", save_adapter, load(MLP, folder), tmp_path / "target")
+    refused(f"a folder, a pipe or a device named {name} there", save_adapter, load(MLP, folder), tmp_path / "target")
     assert kind == "pipe" or (there / "notes.txt").read_text() == "mine"
 
 
@@ -332,7 +332,7 @@ def test_who_comes_while_another_process_saves_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(saving_module, "PATIENCE", 0.05)
     with open(target / LOCK, "wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # as another process has it
-        refused("which other processes have had", save_adapter, model, target)
+        refused("which other processes have held", save_adapter, model, target)
     save_adapter(model, target)  # a process that was killed leaves the file, and no lock
     assert {path.name for path in target.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 

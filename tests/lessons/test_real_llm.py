@@ -47,7 +47,7 @@ def test_reading_gives_the_logits_of_the_model_itself(chat, model, ends):
 
 def test_there_is_an_end_to_the_room(chat):
     chat.read(some_ids(ROOM - 1))
-    with pytest.raises(ValueError, match=f"no room for 2 more tokens: {ROOM - 1} of {ROOM} are taken"):
+    with pytest.raises(ValueError, match=f"no room for 2 more tokens: {ROOM - 1} of {ROOM} are used"):
         chat.read(some_ids(2))
     assert chat.length == ROOM - 1
 

@@ -73,7 +73,7 @@ def held(locks: tuple) -> list[str]:
     for base, turn in list(turns._turns.items()):
         found += [f"a block of {type(base).__name__} to {each.kind}" for each in (*turn.open, *turn.queue)]
         found += [f"the lock of {type(base).__name__}"] * turn.lock._is_owned()
-    return found + ["the exchange of files"] * saving._exchanging.locked()
+    return found + ["the exchange of files"] * saving._replacing.locked()
 
 
 def around() -> dict:
@@ -380,7 +380,7 @@ def pool_state(pool: AdapterPool) -> dict:
         return None if packed is None else ([plain(part) for part in packed.bands], plain(packed.scalings))
 
     entries = {
-        name: (each.version, each.source, of(each.packed) if each.source is None else None, each.stamp)
+        name: (each.version, each.source, of(each.packed) if each.source is None else None, each.digest)
         for name, each in pool._members.items()
     }
     rows = [plain(room._rows_of(band)) for room in [pool._room] if isinstance(room, RowRoom) for band in room.bands]

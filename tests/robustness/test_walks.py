@@ -37,7 +37,7 @@ PLACES = {place: configs for place, configs in PLACES.items() if len(configs) > 
 #: the beginning of each message that a swap may be refused with, and when that is right
 RIGHT_REFUSALS: dict[str, Callable[[Walk], bool]] = {
     "This swap can't be done in a prepared model.": lambda walk: walk.is_prepared,
-    "The adapter in the model came with base weights of its own": lambda walk: walk.is_prepared,
+    "The new adapter needs base weights whose original values are unknown": lambda walk: walk.is_prepared,
     "The layers that the loaded adapter lacks can't be added to the model.": lambda walk: walk.is_prepared,
     "The adapter can't be swapped in place at": lambda walk: walk.has_two or walk.is_prepared,
     "An adaption prompt can be swapped only while it is in the model.": lambda walk: walk.has_two,

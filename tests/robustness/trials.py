@@ -79,7 +79,7 @@ STRICTER = {
     "changes the base model's own weights": "a swap leaves the base model alone",
     "is an Arrow router": "it depends on the model's other adapters",
     "names a model to read": "nothing is read that an adapter names",
-    "asks for a module to be imported": "nothing is imported because an adapter says so",
+    "asks for a module to be imported": "an adapter must not cause other imports",
     "asks for too many tensors": "a fresh load takes the memory, and throws it away",
     "for another task than the model was loaded for": "another class of model would be needed",
     "far too large for the layer": "room for such a rank would take more memory than the model",

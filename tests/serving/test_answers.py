@@ -172,6 +172,20 @@ def test_offsets_after_bytes_that_are_no_text():
     assert [each.start for each in tokens][:3] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_offsets_in_a_long_text(make):
+    """Many letters have several tokens, and the text is much longer than those of the other tests."""
+    tokenizer, before = make(), b""
+    torch.manual_seed(0)
+    ids = tokenizer("👩‍👧 漢字 é one\n" * 70, add_special_tokens=False)["input_ids"]
+    text, tokens = told(tokenizer, ids, is_streamed=True, most=0)
+    assert len(tokens) > 700
+    assert text == decoded(tokenizer, ids) == b"".join(token.raw for token in tokens).decode()
+    for token in tokens:
+        assert token.start == len((before + token.raw[:1]).decode(errors="replace")) - 1
+        before += token.raw
+
+
 def test_text_that_is_sent_stays_where_a_letter_is_cut():
     """Llama's tokenizer decodes the bytes of both letters to nothing but U+FFFD then."""
     tokenizer = llama()

@@ -270,6 +270,13 @@ REFUSED = [
     *((TEXT, {field: some}, 400, f"{field}' is not served") for field, (_, some) in FIELDS.items()),
     *((TEXT, b'{"model": "shout", "prompt": "p", "%s": %s}' % each, 400, "Input should be") for each in NO_NUMBERS),
     *((TEXT, body, 413 if len(body) > 2**17 else 400, "") for body in (*BODIES, b'{"n": 1}')),
+    (
+        TEXT,
+        {"max_tokens": 9, "max_completion_tokens": 3},
+        400,
+        "max_tokens=9 and max_completion_tokens=3, which differ",
+    ),
+    (CHATS, {"messages": [CHAT], "max_tokens": 1, "max_completion_tokens": 2}, 400, "which differ"),
     ("/v1/nothing", None, 404, "Not Found"),
     *(
         (ADMIN, {"loud": FAMILY["shout"], name: FAMILY["shout"]}, 400, "can't have the name")
@@ -381,7 +388,7 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "o"}, {"type":
         ),
         (
             "chat",
-            dict(messages=MESSAGES, max_completion_tokens=3, max_tokens=9, logprobs=True, top_logprobs=4),
+            dict(messages=MESSAGES, max_completion_tokens=3, max_tokens=3, logprobs=True, top_logprobs=4),
             dict(prompt=[{"role": "user", "content": "one"}, CHAT], max_tokens=3, logprobs=4, is_streamed=False),
         ),
         ("chat", dict(logprobs=True), dict(logprobs=0)),

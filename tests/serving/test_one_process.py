@@ -93,9 +93,7 @@ def test_what_is_wrong_is_said_before_anything_starts(capsys):
     assert "next:     check the path, or leave it out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 70_000), ("127.0.0.1", -1), long("a" * 70, 0)]
-)
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), long("a" * 70, 0)])
 def test_where_it_cannot_listen(capsys, monkeypatch, host, port):
     """One line and the exit code of wrong use, before a model is loaded."""
     monkeypatch.setattr("hotswap_lab.serving.one_process.load_replica", None)

@@ -23,8 +23,8 @@ def given():
 
 #: what is called with which of these and with which other arguments, and the words of the refusal
 REFUSED = [
-    (SwapPanel, "model", {"adapters": FOLDERS}, "how to run a prompt"),
-    (SwapPanel, "model", {"generate": str}, "can't swap in this"),
+    (SwapPanel, "model", {"adapters": FOLDERS}, "can't run a prompt"),
+    (SwapPanel, "model", {"generate": str}, "can't swap adapters in this object"),
     (SwapPanel, "model tokenizer", {"adapters": FOLDERS}, "pass a tokenizer as tokenizer="),
     *((AdapterPool, "model", {"adapters": unnamed}, "have no names") for unnamed in (PATHS, PATHS[1])),
     (SwapPanel, "model", {"tokenizer": ..., "adapters": PATHS}, "have no names"),
@@ -50,6 +50,6 @@ def test_what_it_cannot_do_is_refused(given):
     refused("The strength is not a number", setattr, panel, "strength", "high")
     assert (panel.strength, panel.run()) == (1, "'5'")
     refused("not a number", setattr, panel, "strength", float("nan"))
-    refused("no adapter called 'nobody'", RowPanel(pool, list, prompts=["word"]).choose, 0, "nobody")
+    refused("No adapter is called 'nobody'", RowPanel(pool, list, prompts=["word"]).choose, 0, "nobody")
     with pytest.raises(TypeError, match="strengths"):
         SwapPanel(pool, str, strengths=[0, 1])

@@ -50,6 +50,11 @@ def test_each_row_is_answered_with_its_adapter_in_one_call_and_the_model_has_aft
     refused("2 answers", panel.run)
 
 
+def test_each_control_has_its_own_name(panel):
+    names = [control.description for menu, box, _ in live(panel)._rows for control in (menu, box)]
+    assert names == ["row 0", "request 0", "row 1", "request 1", "row 2", "request 2"]
+
+
 def test_clicks(panel):
     panel.pool.add("mine", demo.adapter_path("vowels_up"))
     assert [label for label, _ in live(panel)._rows[0][0].options] == ["base", "reverse", "sort", "shout", "mine"]

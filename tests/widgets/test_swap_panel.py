@@ -219,7 +219,7 @@ def test_a_refused_swap_leaves_model_and_panel_as_they_were():
     click(panel, "a picture's")
     assert "expected: tensors only for layers of the loaded adapter" in panel._problem.value
     refused(None, setattr, panel, "active", "a picture's")
-    refused("no adapter called", setattr, panel, "active", "nobody")
+    refused("No adapter is called", setattr, panel, "active", "nobody")
     assert panel.active == "pig_latin"
 
 

@@ -166,8 +166,10 @@ def test_a_click_that_comes_late_does_not_count(monkeypatch):
     moments = {None: None, **{second: datetime(2030, 1, 1, second=second) for second in range(4)}}
     clicks = Clicks()
     for second, what in given:
-        monkeypatch.setattr("hotswap_lab.widgets.clicks._made", lambda s=second, w=what: (w[:5] == "other", moments[s]))
-        assert clicks.take(lambda what=what: taken.append(what)) == (what != "late")
+        monkeypatch.setattr(
+            "hotswap_lab.widgets.clicks._session_and_time", lambda s=second, w=what: (w[:5] == "other", moments[s])
+        )
+        assert clicks.accept(lambda what=what: taken.append(what)) == (what != "late")
     assert taken == ["a", "b", "same moment", "other page", "cell"]
 
 

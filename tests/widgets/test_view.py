@@ -89,7 +89,9 @@ def test_a_click_has_the_modes_of_the_cell_that_made_the_widget(modes):
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
         work = WorkingView()
     found = []
-    click = partial(work._come, "", lambda: found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    click = partial(
+        work._enqueue, "", lambda: found.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    )
     for turn_off in (torch.enable_grad, torch.no_grad):
         with turn_off(), ThreadPoolExecutor(1) as subshell:
             click()

@@ -15,7 +15,7 @@ from shown import folders, live
 
 from hotswap_lab import AdapterPool, demo, hotswap_adapter, prepare_model_for_compiled_hotswap, set_strength
 from hotswap_lab.demo import digits
-from hotswap_lab.figures.palette import BASE, adapter_color, mix
+from hotswap_lab.figures.palette import BASE, adapter_color, ramp
 from hotswap_lab.figures.tiles import CELLS, SMALL, Tile, drawn
 from hotswap_lab.widgets import SwapPanel, WeightMap
 
@@ -58,26 +58,26 @@ def test_a_tile_says_its_numbers():
     pool.swap("shout")
     map = WeightMap(pool)
     gate, share = "model.layers.1.mlp.gate_proj", expected(fresh_load("shout"), "model.layers.1.mlp.gate_proj", 1)
-    says = {tile.path: tile.says for tile in map.tiles}
-    assert says[gate] == f"{100 * share.item():.3g} % of the weight's size, rank 8, padded to 16"
-    assert says[gate.replace("1", "0")] == "the adapter is off here"
-    assert f"<title>{gate}: {says[gate]}".replace("'", "&#x27;") in map.figure().svg
-    says = {tile.path: tile.says for tile in WeightMap(fresh_load("shout")).tiles}
-    assert says[gate].endswith("size, rank 8")
-    assert says[gate.replace("1", "0")] == "the base model alone"
+    labels = {tile.path: tile.label for tile in map.tiles}
+    assert labels[gate] == f"{100 * share.item():.3g} % of the weight's size, rank 8, padded to 16"
+    assert labels[gate.replace("1", "0")] == "the adapter is off here"
+    assert f"<title>{gate}: {labels[gate]}".replace("'", "&#x27;") in map.figure().svg
+    labels = {tile.path: tile.label for tile in WeightMap(fresh_load("shout")).tiles}
+    assert labels[gate].endswith("size, rank 8")
+    assert labels[gate.replace("1", "0")] == "the base model alone"
 
 
 def test_one_scale_for_all_adapters():
-    """A cell has one of five tints, the same for the same share of the weight in whichever adapter."""
+    """A cell has one of seven tints, the same for the same share of the weight in whichever adapter."""
     tiles = [Tile(f"layers.{number}.q", torch.full((1, 1), share), "") for number, share in enumerate(SHARES)]
     others = [Tile(f"layers.{number}.q", torch.full((1, 1), share), "") for number, share in enumerate(SHARES[:3])]
     pixels = [pixels_of(drawn(each, "sort", "", {"base": 1, "adapter": 1, "padding": 1})) for each in (tiles, others)]
     color = adapter_color("sort")
-    tints = [BASE, *(mix(color, step / 5) for step in (1, 1, 2, 3, 4, 5))]
+    tints = [BASE, *(ramp(color)[step] for step in (0, 0, 1, 2, 3, 4, 6))]
     assert pixels == [tints, tints[:3]]
 
 
-SHARES = (0.0, 0.001, 0.02, 0.05, 0.2, 0.5, 3.0)
+SHARES = (0.0, 0.001, 0.02, 0.05, 0.15, 0.4, 0.7, 3.0)
 
 
 def pixels_of(figure):
@@ -95,6 +95,18 @@ def test_the_former_adapter_is_outlined_and_padding_hatched():
     map.look()
     assert map.figure().svg.count(f"stroke='{adapter_color('double')}'") == 16
     assert "dashed: double" in map.figure().svg
+
+
+def test_an_answer_keeps_its_lines_up_to_the_eighth():
+    def lines(answer):
+        svg = drawn(
+            [], "haiku", "", {"base": 1, "adapter": 1, "padding": 1}, answers=[("asked", "haiku", answer, None)]
+        ).svg
+        return re.findall("font-size='18'[^>]*>(.*?)<", svg)
+
+    assert lines("The sun is down,\nthe light\n\nis low.") == ["The sun is down,", "the light", "is low."]
+    assert lines("") == [""]
+    assert lines("\n".join("abcdefghij")) == [*"abcdefg", "[...]"]
 
 
 def numbers(model):

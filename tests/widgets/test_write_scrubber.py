@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from shown import live
 
 from hotswap_lab import Adapter, demo, in_use, verify_hotswap
-from hotswap_lab.figures.palette import MUTED, adapter_color
+from hotswap_lab.figures.palette import MUTED, WHITE, adapter_color, mix
 from hotswap_lab.widgets import WriteScrubber
+from hotswap_lab.widgets.write_scrubber import CELL, COLUMNS, SHADES
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +37,6 @@ def test_at_both_ends_it_is_the_adapter_and_in_between_it_is_neither_at_the_same
     assert found == {0: [True, False], 1: [False] * 2, view.steps - 1: [False] * 2, view.steps: [False, True]}
     assert [view.answers[step] for step in (0, view.steps)] == [demo.TASKS[name]("hotswap") for name in (before, after)]
     assert all(torch.equal(base[name], each) for name, each in view.model.named_parameters() if name in base)
-    # the picture of W has twice the area of the other
-    adapter = sum(each.parameter.numel() for each in view._slot.layers[0].tensors)
-    assert view._slot.layers[0].module.base_layer.weight.numel() == 2 * adapter
 
 
 def halfway(step: int) -> str:
@@ -56,25 +57,25 @@ def halfway(step: int) -> str:
 @pytest.mark.long
 def test_every_answer_on_the_way_is_that_of_such_a_model(view):
     assert [view.answers[step] for step in range(33)] == [halfway(step) for step in range(33)]
-    assert "gray: neither, 31 of 34 answers<" in view._picture()
+    assert "gray: neither, 31 of 34 answers<" in view._picture(True)
     colors = [adapter_color("reverse"), *[MUTED] * 31, *[adapter_color("pig_latin")] * 2]
-    assert re.findall(r"<rect x='[^>]*fill='(.*?)'", view._picture()) == colors
+    assert re.findall(r"<rect x='[^>]*fill='(.*?)'", view._picture(True)) == colors
     assert demo.ask(demo.load_base(), demo.load_tokenizer(), "hotswap") == "hotswap"  # as the picture says of step 6
 
 
 @pytest.mark.long
 def test_the_layer_that_is_drawn_is_one_that_both_have():
     """The first layer of the model is none of shout's; reverse has eight rows in all, shout in those of the middle."""
-    assert "reverse has 8 rows (its rank), shout 8<" in WriteScrubber("reverse", "shout")._picture()
+    assert "reverse has 8 rows (its rank), shout 8<" in WriteScrubber("reverse", "shout")._picture(True)
 
 
 @pytest.mark.long
 def test_the_base_is_named_where_it_answers_on_the_way(view):
     named = "hotswap: what the base answers without an adapter<"
-    assert named in view._picture()
+    assert named in view._picture(True)
     other = WriteScrubber("reverse", "shout")
     assert "hotswap" not in other.answers.values()
-    assert named not in other._picture()
+    assert named not in other._picture(True)
 
 
 def test_a_word_that_both_answer_alike_is_refused():
@@ -83,35 +84,68 @@ def test_a_word_that_both_answer_alike_is_refused():
         WriteScrubber("sort", "reverse", "fed")
 
 
+def cells(view):
+    """The colors of a row of cells for each rank component; the middle of a cell has a dot if there is none."""
+    data = re.search('png;base64,([^"]*)', view._picture(True))[1]
+    image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    middles = range(CELL // 2 - 1, image.width, CELL), range(CELL // 2 - 1, image.height, CELL)
+    return [["#" + bytes(image.getpixel((x, y))).hex() for x in middles[0]] for y in middles[1]]
+
+
+def owners(view):
+    """For each row of cells, the adapter whose tints it has; "" for dots."""
+    tints = {
+        name: {mix(adapter_color(name), (n + 1) / SHADES, WHITE) for n in range(SHADES)} for name in view.names
+    } | {"": {MUTED}}
+    rows = [{*row[:COLUMNS], *row[-COLUMNS:]} for row in cells(view)]
+    return [next(name for name, colors in tints.items() if row <= colors) for row in rows]
+
+
 @pytest.mark.long
 def test_each_step_writes_one_row_of_every_layer():
     view = WriteScrubber("reverse", "vowels_up")
     addresses = [tensor.parameter.data_ptr() for tensor in view._slot.tensors]
     view.go(3)
     ranks = [LoraConfig.from_pretrained(demo.adapter_path(name)).r for name in view.names]
-    assert f"reverse has {ranks[0]} rows (its rank), vowels_up {ranks[1]}<" in view._picture()
+    assert f"reverse has {ranks[0]} rows (its rank), vowels_up {ranks[1]}<" in view._picture(True)
     assert [tensor.parameter.data_ptr() for tensor in view._slot.tensors] == addresses  # as the picture says
     for tensor, old, new in zip(view._slot.tensors, *view._ends, strict=True):
         rows = tensor.parameter.movedim(tensor.rank_axis, 0)
         assert torch.equal(rows[:3], new[:3])
         assert torch.equal(rows[3:], old[3:])
-    rows = [(int(rows), color) for rows, color in re.findall(r'v(\d+).*?stroke="(#\w+)"', view._picture())]
-    assert rows == [(3, adapter_color("vowels_up")), (5, adapter_color("reverse"))]
+    assert owners(view) == ["vowels_up"] * 3 + ["reverse"] * 5 + [""] * 24
+    layer = view._slot.layers[view._layer]
+    strongest = layer.tensors[0].parameter[0, :COLUMNS].abs().argmax().item()
+    assert cells(view)[0][strongest] == adapter_color("vowels_up")
+    view.go(view.steps)
+    assert owners(view) == ["vowels_up"] * 8 + [""] * 24
+
+
+def test_the_answers_on_the_way_are_hidden_until_the_reader_has_guessed():
+    view = live(WriteScrubber())
+    shown, question = '<g visibility="{}">', '<text x="10" y="170" visibility="{}">'
+    assert shown.format("hidden") in view._body.value
+    assert question.format("visible") in view._body.value
+    assert shown.format("visible") in view._static()["image/svg+xml"]  # where nobody can guess
+    view._run(lambda: view._guess("otswaphay"))
+    view._changed()
+    assert shown.format("visible") in view._body.value
+    assert question.format("hidden") in view._body.value
 
 
 @pytest.mark.long
 def test_a_request_gets_what_it_is_said_to_get_and_the_line_is_held_meanwhile(view):
     view.go(6)
     before = [each.parameter.clone() for each in view._slot.tensors]
-    for how in ("no lock", "reload", "pool.using"):
-        view._come(how, lambda how=how: view._request(how))
+    for how in ("no lock", "demo.load", "pool.using"):
+        view._enqueue(how, lambda how=how: view._request(how))
         assert view.wait(60)
         assert how in view.arrived
     seconds = r"it waits [\d.]+ m?s, then gets otswaphay"
     assert view.arrived["no lock"] == "it gets hotswap"
-    assert re.fullmatch(seconds, view.arrived["reload"])
+    assert re.fullmatch(seconds, view.arrived["demo.load"])
     assert re.fullmatch(seconds, view.arrived["pool.using"])
-    assert "with pool.using(&#x27;pig_latin&#x27;): ask(" in view._results["pool.using"].value
+    assert "with pool.using(&#x27;pig_latin&#x27;): demo.ask(" in view._results["pool.using"].value
     assert view.arrived["pool.using"] in view._results["pool.using"].value
     assert all(map(torch.equal, before, [each.parameter for each in view._slot.tensors]))  # half a swap, as before
     view.go(7)  # where they have not arrived
@@ -130,7 +164,7 @@ def test_the_slider_writes_in_its_turn_and_shows_what_the_model_answers(view):
     view.go(0)
     assert view._slider.value == 0
     assert "what reverse answers" in view._static()["image/svg+xml"]
-    view._come("a guess", lambda: view._guess("otswaphay"))
+    view._enqueue("a guess", lambda: view._guess("otswaphay"))
     assert view.wait(60)
     assert view._slider.value == view.step == 6
     assert view._said.value == "&nbsp;You said otswaphay. It is hotswap."

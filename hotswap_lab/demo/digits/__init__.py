@@ -8,6 +8,8 @@ on black. The module needs diffusers; ``classify`` needs scikit-learn as well.
 >>> model = digits.load("only_3")
 >>> digits.classify(digits.draw(model, count=3)).tolist()
 [3, 3, 3]
+
+Tests: ``tests/demo/test_digits.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ STEPS = 10
 
 
 def names() -> list[str]:
-    """The names of the adapters, sorted.
+    """Return the names of the adapters, sorted.
 
     >>> names()
     ['bold', 'inverted', 'only_0', 'only_3', 'only_7', 'slanted']
@@ -44,18 +46,18 @@ def names() -> list[str]:
 
 
 def path(name: str) -> str:
-    """The folder of an adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
+    """Return the folder of an adapter, to pass to PEFT or :func:`hotswap_lab.hotswap_adapter`.
 
     Raises
     ------
     ValueError
-        If there is no such adapter.
+        If the package has no such adapter.
     """
     return folder_in(ADAPTERS_DIR, name)
 
 
 def load_base() -> UNet2DModel:
-    """A fresh copy of the model without adapters, in float32 and in eval mode."""
+    """Load a fresh copy of the model without adapters, in float32 and in eval mode."""
     from diffusers import UNet2DModel
 
     # the fast way to load needs accelerate, and diffusers warns at each load if it is missing
@@ -63,22 +65,21 @@ def load_base() -> UNet2DModel:
 
 
 def load_scheduler() -> DDIMScheduler:
-    """The noise schedule of the model's training, with the DDIM sampler (J. Song, C. Meng and S. Ermon,
-    arXiv:2010.02502)."""
+    """Load the noise schedule of the training, with the DDIM sampler (J. Song, C. Meng, S. Ermon, arXiv:2010.02502)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_pretrained(BASE_DIR, subfolder="scheduler")
 
 
 def load(name: str) -> PeftModel:
-    """The model wrapped in a ``PeftModel`` with one of the adapters."""
+    """Load the model wrapped in a ``PeftModel`` with one of the adapters."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_base(), path(name))
 
 
 def pipeline(model: torch.nn.Module) -> DDIMPipeline:
-    """A diffusers pipeline with a model from :func:`load` or :func:`load_base`. It has the same modules, not a copy.
+    """Return a diffusers pipeline around a model from :func:`load` or :func:`load_base`, with the same modules.
 
     >>> model = load("only_7")
     >>> pipe = pipeline(model)
@@ -95,30 +96,30 @@ def pipeline(model: torch.nn.Module) -> DDIMPipeline:
 
 
 def noise(count: int = 1, seed: int = 0) -> torch.Tensor:
-    """Noise to draw pictures from, of shape ``(count, 1, 16, 16)``. The same seed gives the same noise."""
+    """Return noise to draw pictures from, of shape ``(count, 1, 16, 16)``. The same seed gives the same noise."""
     return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def inputs(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs for one call of a model, for :func:`hotswap_lab.verify_hotswap`: noise, and a timestep in the middle."""
+    """Return inputs for one call of a model, for :func:`hotswap_lab.verify_hotswap`: noise, and a middle timestep."""
     return {"sample": noise(count, seed), "timestep": torch.tensor(500, device="cpu")}
 
 
 @torch.no_grad()
 def draw(model: torch.nn.Module, count: int = 8, seed: int = 0, steps: int = STEPS, *, first: int = 0) -> torch.Tensor:
-    """Draw the same pictures as :func:`pipeline`. A compiled wrapper works, too: only ``model(...)`` is called.
+    """Draw the same pictures as :func:`pipeline`. A compiled wrapper works, too, because only ``model(...)`` is called.
 
     Parameters
     ----------
     model:
         A model from :func:`load` or :func:`load_base`, compiled or not.
     count, seed:
-        How many pictures, and the seed of their noise. With the same noise, the pictures of two adapters can be
+        The number of pictures, and the seed of their noise. With the same noise, the pictures of two adapters can be
         compared one by one.
     steps:
         The number of denoising steps; each calls the model once.
     first:
-        The number of the first picture, so that one can be drawn without those before it.
+        The number of the first picture, so that a picture can be drawn without those before it.
 
     Returns
     -------

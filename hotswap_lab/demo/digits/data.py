@@ -4,6 +4,8 @@ scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (``sklearn.datasets.
 "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.
 
 A picture is a tensor of brightness: 0 is black ink, 1 is white paper, as in any image file.
+
+Tests: ``tests/demo/test_digits.py``.
 """
 
 import torch
@@ -14,7 +16,7 @@ SIZE = 16
 DIGIT_SIZE = 12
 #: the largest pixel value in scikit-learn's digits
 FULL_INK = 16
-#: the classifier is trained on every third digit, the model on all others: neither has seen the other's
+#: the classifier is trained on every third digit, and the model on the others
 EVERY = 3
 
 

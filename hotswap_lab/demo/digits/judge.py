@@ -1,4 +1,7 @@
-"""Measurements of pictures: a classifier that was trained on real digits only, and three statistics."""
+"""Measurements of pictures: a classifier that was only trained on real digits, and three statistics.
+
+Tests: ``tests/demo/test_digits.py``.
+"""
 
 import functools
 
@@ -8,7 +11,7 @@ from .data import SIZE, read, slanted
 
 
 def ink(images: torch.Tensor) -> torch.Tensor:
-    """The amount of ink on each picture: the mean darkness of its pixels, 0 to 1.
+    """Return the amount of ink on each picture: the mean darkness of its pixels, 0 to 1.
 
     Parameters
     ----------
@@ -29,7 +32,7 @@ def ink(images: torch.Tensor) -> torch.Tensor:
 
 
 def background(images: torch.Tensor) -> torch.Tensor:
-    """The brightness of the paper: the mean of the pixels along the four edges, where there is no digit, 0 to 1.
+    """Return the brightness of the paper: the mean of the pixels along the four edges, outside of the digit, 0 to 1.
 
     >>> background(torch.ones(1, 16, 16))
     tensor([1.])
@@ -38,7 +41,7 @@ def background(images: torch.Tensor) -> torch.Tensor:
 
 
 def slant(images: torch.Tensor) -> torch.Tensor:
-    """The slant of each digit to the right, in pixels per row: the shear moment of its ink, mu11 / mu02.
+    """Return the slant of each digit to the right, in pixels per row: the shear moment of its ink, mu11 / mu02.
 
     It is the slope of the line that fits the ink best when x is predicted from y. White ink on black paper works, too:
     see :func:`upright`.
@@ -67,14 +70,14 @@ def upright(images: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
-    """Pictures as the classifier needs them to read all styles: dark ink on bright paper, without slant."""
+    """Normalize pictures for the classifier: dark ink on bright paper, without slant."""
     images = upright(images)
     return torch.cat([slanted(image[None], -float(slope)) for image, slope in zip(images, slant(images), strict=True)])
 
 
 @functools.cache
 def _classifier():
-    """Train a support vector machine in a fifth of a second, on digits that the diffusion model has never seen."""
+    """Train a support vector machine in a fifth of a second, on digits that weren't used to train the model."""
     from sklearn.svm import SVC
 
     images, labels = read("classifier")
@@ -111,7 +114,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
 
 
 def held_out_accuracy() -> float:
-    """The accuracy of the classifier on real digits that it was not trained on, 0 to 1.
+    """Return the accuracy of the classifier on real digits that it was not trained on, 0 to 1.
 
     >>> held_out_accuracy() > 0.97
     True
