@@ -38,7 +38,7 @@ class Adapter:
     tensors:
         Keys as in the file, such as ``base_model.model.<layer>.lora_A.weight`` of shape ``(rank, in_features)``.
     source:
-        Where it came from, for messages.
+        The place that it was read from, for messages.
     revision:
         The commit of the Hub repository that it was read from. None if it came from elsewhere.
     is_folder:
@@ -103,20 +103,20 @@ class Adapter:
         for key, tensor in self.tensors.items():
             if not isinstance(key, str):
                 raise self._damaged(f"a {type(key).__name__} as the name of a tensor", "names of tensors")
-            if kind := _what_is_wrong(tensor, only_weights and ".lora_" in key):
-                raise self._damaged(f"{kind} under {key!r}", "a floating point tensor under each key")
+            if other := _other_value(tensor, only_weights and ".lora_" in key):
+                raise self._damaged(f"{other} under {key!r}", "a floating point tensor under each key")
         if not self.tensors:
             raise self._damaged("no tensors at all", "at least one lora_A and one lora_B")
-        if not allow_nonfinite and (bad := [key for key, tensor in self.tensors.items() if not is_finite(tensor)]):
+        if not allow_nonfinite and (keys := [key for key, tensor in self.tensors.items() if not is_finite(tensor)]):
             next_step = "get an undamaged copy, or pass allow_nonfinite=True to Adapter.load if it is meant to be so"
-            raise self._damaged(f"NaN or infinity in {listing(map(repr, bad))}", "finite weights", next_step)
+            raise self._damaged(f"NaN or infinity in {listing(map(repr, keys))}", "finite weights", next_step)
 
     def _damaged(self, found: str, expected: str, next_step: str = "get an undamaged copy of it") -> HotswapError:
         return refused("adapter_damaged", source=self.source, found=found, expected=expected, next_step=next_step)
 
 
-def _what_is_wrong(tensor: object, only_weights: bool) -> str | None:
-    """Describe a value that is not a plain tensor; None if it is one."""
+def _other_value(tensor: object, only_weights: bool) -> str | None:
+    """Describe a value that is not a plain tensor of numbers, or not one of weights; None if it is one."""
     if not isinstance(tensor, torch.Tensor):
         return type(tensor).__name__
     is_plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)

@@ -56,15 +56,18 @@ class SlotTensor:
 
     @property
     def is_zero(self) -> bool:
-        """Whether :attr:`memory` is zero, or what accelerate keeps of it elsewhere; not if neither can be seen.
+        """Whether :attr:`memory` is zero, or the values that accelerate keeps elsewhere; False if neither can be seen.
 
         On the meta device without accelerate, there are no values anywhere that could be lost.
         """
         memory: torch.Tensor = self.memory
         if memory.is_meta:
             hook = getattr(self.owner, "_hf_hook", None)  # one, or several in a row
-            kept = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
-            memory = kept[0][self.name] if kept else torch.full((), bool(hook), device="cpu")
+            maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+            values = next(filter(None, maps), None)
+            if values is None:
+                return hook is None
+            memory = values[self.name]
         return not memory.any()
 
     def write(self, source: torch.Tensor | None, change: Change, fixed_size: bool) -> None:

@@ -1,8 +1,8 @@
 """Blocks by which threads and tasks that compute with a model, and those that swap its adapter, take turns.
 
 A swap writes for a moment (milliseconds). A forward pass in another thread would then read some layers of the old
-adapter and some of the new one. A thread that computes while others may swap says so: ``with in_use(model): ...``. A
-swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
+adapter and some of the new one. A thread that computes while others may swap does so in ``with in_use(model): ...``.
+A swap then waits until no thread is inside, and a thread that comes later waits for the swap. Swaps take turns by
 themselves: all code that changes a model uses :func:`locked`, and :mod:`hotswap_lab.threads.turns` decides who waits.
 
 A turn belongs to its block, and any thread may end it: servers enter a block in one thread and leave it in another.
@@ -32,7 +32,7 @@ from .turns import COMPUTE, SWAP, WRITE, Entry, ModelInUseError, Turn, _patience
 __all__ = ["ModelInUseError", "in_use", "waiting_at_most"]
 
 T = TypeVar("T")
-#: what a swap takes: at first others may compute, until it writes
+#: the turns of a swap, one after the other: others may compute until it writes
 BOTH = (SWAP, WRITE)
 #: the turn of each base model
 _turns: weakref.WeakKeyDictionary[torch.nn.Module, Turn] = weakref.WeakKeyDictionary()
@@ -107,7 +107,7 @@ def in_use(model: object) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def in_use_now(model: object) -> Iterator[bool]:
-    """:func:`in_use` for code that must not wait: the value says whether no swap is writing or waiting.
+    """:func:`in_use` for code that must not wait: its value is True if no swap is writing or waiting.
 
     >>> from hotswap_lab import demo
     >>> model, _ = demo.load("reverse")
@@ -117,7 +117,7 @@ def in_use_now(model: object) -> Iterator[bool]:
     """
     entries = [Entry(turn, COMPUTE) for turn in turns_of(bases_of(model))]
     with _blocks([], entries=entries):
-        yield all(each.turn.let_in_now(each) for each in entries)
+        yield all(entry.turn.let_in_now(entry) for entry in entries)
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def locked(*bases: torch.nn.Module, computing: bool = False) -> AbstractContextM
 
 @contextlib.contextmanager
 def _blocks(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> Iterator[None]:
-    """Enter blocks, after what is owed is put back; leave these and ``entries`` at the end, the last one first."""
+    """Wait for blocks of these kinds, restore what earlier ones owe, and end them and ``entries`` in the end."""
     entries = list(entries)
     try:
         if kinds == BOTH and len(turns) == 1:
@@ -188,10 +188,11 @@ def _blocks(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> It
         for kind in kinds:
             for turn in turns:
                 if kind == COMPUTE:
-                    _pay(turn)
-                entries.append(Entry(turn, kind))
-                entries[-1].wait()
-                turn = entries[-1].turn  # another one, if two were joined while this waited
+                    _restore_owed(turn)
+                entry = Entry(turn, kind)
+                entries.append(entry)
+                entry.wait()
+                turn = entry.turn  # another one, if two were joined while this waited
                 if kind == SWAP and turn.owed:
                     with _blocks([turn], WRITE):
                         put_all_back(turn.owed)
@@ -205,15 +206,16 @@ def _blocks(turns: list[Turn], *kinds: str, entries: Sequence[Entry] = ()) -> It
 
 
 def _end(entries: list[Entry]) -> None:
-    for each in reversed(entries):
-        each.end()
-        if each.kind == COMPUTE and each.turn.owed:
+    """End blocks, the last one first, and restore what they kept others from restoring."""
+    for entry in reversed(entries):
+        entry.end()
+        if entry.kind == COMPUTE and entry.turn.owed:
             with waiting_at_most(0):
-                _pay(each.turn)
+                _restore_owed(entry.turn)
 
 
-def _pay(turn: Turn) -> None:
-    """Put back what is owed, unless that would have to wait for the code that calls this."""
+def _restore_owed(turn: Turn) -> None:
+    """Restore what blocks that have ended owe, unless that would have to wait for the code that calls this."""
     if turn.owed:
         with contextlib.suppress(HotswapError), _blocks([turn], SWAP):
             pass
@@ -229,9 +231,9 @@ class Block(Generic[T]):
         Puts the adapter in and returns the value of the block. It gets a list, to which it adds the step that restores
         the previous adapter.
     what:
-        Ends a warning: what a second Ctrl-C leaves as it is.
+        The last words of a warning: the result of a second Ctrl-C.
     slow:
-        What should be done before ``begin``, in other threads, so that an event loop goes on.
+        Returns actions to run before ``begin``, in other threads, so that an event loop goes on.
     logging_refusals:
         Makes a context manager that logs a refusal. It is entered before ``begin``, and left after it.
     """
@@ -243,20 +245,20 @@ class Block(Generic[T]):
     logging_refusals: Callable[[], AbstractContextManager]
     _entry: Entry | None = field(default=None, init=False)
 
-    def _begun(self, awaits: bool = False) -> Entry:
+    def _new_entry(self, awaits: bool = False) -> Entry:
         if self._entry is not None:
             raise RuntimeError("a block can be entered once: make a new one")
         self._entry = Entry(*turns_of([self.base]), SWAP, awaits)
         return self._entry
 
     def __enter__(self) -> T:
-        entry = self._begun()
+        entry = self._new_entry()
         try:
             with self.logging_refusals():
                 entry.wait()
                 if entry.turn.owed:
-                    with _blocks([entry.turn], SWAP):  # which puts it back first
-                        pass
+                    with _blocks([entry.turn], WRITE):
+                        put_all_back(entry.turn.owed)
                 return self.begin(entry.back)
         except BaseException as error:
             self.__exit__(type(error), error)
@@ -267,7 +269,7 @@ class Block(Generic[T]):
         try:
             entry.adopt()
             note(entry)
-            swapping = [each for each in list(entry.turn.open) if each.kind == SWAP]
+            swapping = [other for other in list(entry.turn.open) if other.kind == SWAP]
             if entry in swapping and entry is not swapping[-1]:
                 inner = swapping[swapping.index(entry) + 1]
                 inner.back[:0] = entry.back
@@ -275,10 +277,10 @@ class Block(Generic[T]):
                 raise refused("left_out_of_order")
             if entry.back and kind is GeneratorExit:  # any code may close a generator, and doesn't expect to wait
                 with waiting_at_most(0):
-                    _put_back(entry)
+                    _restore_previous(entry)
             elif entry.back:
                 try:
-                    put_back(lambda: _put_back(entry), self.what)
+                    put_back(lambda: _restore_previous(entry), self.what)
                 except KeyboardInterrupt:
                     entry.back.clear()
                     raise
@@ -290,14 +292,14 @@ class Block(Generic[T]):
                 raise
 
     async def __aenter__(self) -> T:
-        entry = self._begun(awaits=True)
+        entry = self._new_entry(awaits=True)
         writing = Entry(entry.turn, WRITE, awaits=True)
         with _blocks([], entries=[writing]):
             try:
                 with self.logging_refusals():
                     await entry.wait_async()
-                    for each in self.slow():
-                        await asyncio.to_thread(each)
+                    for action in self.slow():
+                        await asyncio.to_thread(action)
                     await writing.wait_async()
                     put_all_back(entry.turn.owed)
                     return self.begin(entry.back)  # which has nothing to wait for
@@ -306,36 +308,36 @@ class Block(Generic[T]):
                 raise
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        writing, cancelled = Entry(self._entry.turn, WRITE, awaits=True), None
+        writing = Entry(self._entry.turn, WRITE, awaits=True)
         with _blocks([], entries=[writing]):
             try:
                 if kind is not GeneratorExit:
-                    with contextlib.suppress(HotswapError):  # what is in the way can't end meanwhile
-                        cancelled = await writing.wait_async(to_the_end=True)
+                    with contextlib.suppress(HotswapError):  # the block in the way can't end meanwhile
+                        await writing.wait_to_the_end()
             finally:
                 self.__exit__(kind if writing.is_open else GeneratorExit)
-        if cancelled is not None:
-            raise cancelled
 
 
-def _put_back(entry: Entry) -> None:
+def _restore_previous(entry: Entry) -> None:
+    """Restore the adapter from before a block; leave that to the next block if this one can't have the model."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_blocks([entry.turn], WRITE))
         except HotswapError:
-            return  # what is in the way can't end while this waits
+            return  # the block in the way can't end while this waits
         put_all_back(entry.back)
 
 
 def put_all_back(backs: list[Callable[[], object]]) -> None:
     """Run actions, the last one first. One that is interrupted stays in the list; one that is refused does not."""
     while backs:
-        back = backs.pop()
+        action = backs.pop()
         try:
-            back()
-        except BaseException as error:
-            if not isinstance(error, HotswapError):
-                backs.append(back)
+            action()
+        except HotswapError:
+            raise
+        except BaseException:
+            backs.append(action)
             raise
 
 
@@ -346,9 +348,9 @@ def is_shared(base: torch.nn.Module) -> bool:
 
 
 def put_back(action: Callable[[], object], what: str) -> None:
-    """Run ``action``, which waits for a turn without a limit. Ctrl-C doesn't end the wait, unless it comes again.
+    """Run ``action``, which waits for a turn without a limit. Only a second Ctrl-C ends the wait.
 
-    ``what`` ends a warning: it says what a second Ctrl-C leaves as it is.
+    ``what`` completes the warning after the first: "Ctrl-C once more ends this, and ...".
     """
     with waiting_at_most(math.inf):
         try:

@@ -6,7 +6,8 @@ a task. Where nobody else can end the block in the way, an entry is refused at o
 A turn belongs to a block, not to a thread. Code is *inside* of a block if the frame that owns the block is on its
 stack. The owner is the innermost generator or task at the entry, because their frames go to sleep with the block open,
 and others run meanwhile. Where there is none, the block belongs to the thread, as far as a context variable is passed
-on: a thread of a pool runs other requests meanwhile. Say one thread sends two answers, a token of each in turn::
+on: a thread of a pool runs other requests meanwhile. For example, one thread sends two answers, token by token in
+turn::
 
     def answer(name):
         with pool.using(name):
@@ -49,7 +50,7 @@ from ..core.errors import HotswapError, refusal, refused
 
 #: the kinds of turns: several blocks may compute at once; one swaps, while others compute; one writes, alone
 COMPUTE, SWAP, WRITE = "compute", "swap", "write"
-#: the kind that each has to wait for
+#: for each kind, the kind that it has to wait for
 EXCLUDED = {COMPUTE: WRITE, SWAP: SWAP, WRITE: COMPUTE}
 #: frames that can go to sleep, and those of them that can be awaited
 AWAITING = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -88,7 +89,7 @@ class ModelInUseError(HotswapError):
     """
 
 
-#: how many seconds to wait at most; infinite if the user has not said so
+#: how many seconds to wait at most; infinite outside of :func:`waiting_at_most`
 _patience: ContextVar[float] = ContextVar("hotswap_lab_patience", default=math.inf)
 #: the open blocks that this context was made in. In a copy of it, too, nobody else can end them
 AROUND: ContextVar[tuple[Entry, ...]] = ContextVar("hotswap_lab_around", default=())
@@ -110,7 +111,7 @@ class Entry:
         self.turn: Turn = turn
         self.kind: str = kind
         self.awaits: bool = awaits
-        #: what its end has to put back, the last one first
+        #: the steps that restore the previous adapter at its end, the last one first
         self.back: list[Callable[[], object]] = []
         self.owner: FrameType | None = owner_of(sys._getframe(1))
         self.thread: int = threading.get_ident()
@@ -128,7 +129,7 @@ class Entry:
         """Whether the code that runs in a frame is inside of this block."""
         if self.owner is None:  # a thread of a pool may run other requests meanwhile, each in a context of its own
             return self.thread == threading.get_ident() and self in AROUND.get()
-        while frame is not None and frame is not self.owner:
+        while frame not in (None, self.owner):
             frame = frame.f_back
         return frame is not None
 
@@ -143,39 +144,44 @@ class Entry:
                 self.check_patience(patience, start)
         note(self)
 
-    async def wait_async(self, to_the_end: bool = False) -> asyncio.CancelledError | None:
-        """:meth:`wait` for a task, which lets the event loop go on meanwhile.
-
-        ``to_the_end`` is for the end of a block. It waits however long that takes. A task that is cancelled meanwhile
-        goes on to the end of the block: the error is returned.
-        """
-        patience, start, cancelled = math.inf if to_the_end else _patience.get(), time.monotonic(), None
+    async def wait_async(self) -> None:
+        """:meth:`wait` for a task, which lets the event loop go on meanwhile."""
+        patience, start = _patience.get(), time.monotonic()
         self.turn.ask(self)
         while not self.is_open:
             timeout = None if patience == math.inf else max(0, start + patience - time.monotonic())
-            try:
-                await asyncio.wait([asyncio.wrap_future(self.future)], timeout=timeout)
-            except asyncio.CancelledError as error:
-                if not to_the_end:
-                    raise
-                cancelled = error
+            await asyncio.wait([asyncio.wrap_future(self.future)], timeout=timeout)
             if not self.is_open:
                 self.check_patience(patience, start)
         note(self)
-        return cancelled
+
+    async def wait_to_the_end(self) -> None:
+        """:meth:`wait_async` without a limit. If the task is cancelled meanwhile, that is raised after the wait."""
+        cancelled = None
+        self.turn.ask(self)
+        while not self.is_open:
+            try:
+                await asyncio.wait([asyncio.wrap_future(self.future)])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        note(self)
+        if cancelled is not None:
+            raise cancelled
 
     def check_patience(self, patience: float, start: float) -> None:
         """Raise if this has waited too long."""
-        now, others = time.monotonic(), self.turn.in_the_way(self)
         if self.kind == COMPUTE:  # swaps end by themselves
             return
+        now, others = time.monotonic(), self.turn.in_the_way(self)
         if now - start >= patience:
-            computing = {each.thread for each in others if each.kind == COMPUTE}
-            names = [each.name for each in threading.enumerate() if each.ident in computing]
-            found = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
-            raise ModelInUseError(refusal("model_in_use", found=found, seconds=patience))
-        asleep = [each for each in others if each.is_in_generator or each.thread == self.thread]
-        if patience == math.inf and not self.awaits and any(now - max(start, e.since) > STREAM_LIMIT for e in asleep):
+            computing = {entry.thread for entry in others if entry.kind == COMPUTE}
+            names = [thread.name for thread in threading.enumerate() if thread.ident in computing]
+            holder = f"a thread that computes with it: {names[0]}" if names else "another thread or task that swaps"
+            raise ModelInUseError(refusal("model_in_use", found=holder, seconds=patience))
+        if patience < math.inf or self.awaits:
+            return
+        asleep = [entry for entry in others if entry.is_in_generator or entry.thread == self.thread]
+        if any(now - max(start, entry.since) > STREAM_LIMIT for entry in asleep):
             raise ModelInUseError(refusal("stream_in_use", seconds=STREAM_LIMIT))
 
     def end(self) -> None:
@@ -193,14 +199,14 @@ class Turn:
     Several models may have the same turn: see :meth:`join`.
     """
 
-    #: the turn that has its blocks now, for threads that found this one before
+    #: the turn that has its blocks now, for threads that still have this one
     joined: Turn | None = None
 
     def __init__(self) -> None:
         self.lock: threading.RLock = threading.RLock()
         self.open: dict[Entry, None] = {}
         self.queue: dict[Entry, None] = {}
-        #: what is to be put back before anything else, and could not be when its block ended
+        #: steps of blocks that have ended and could not restore the previous adapter: the next block runs them first
         self.owed: list[Callable[[], object]] = []
         #: the numbers of the threads that have computed with the model
         self.threads: set[int] = set()
@@ -218,14 +224,12 @@ class Turn:
 
     def in_the_way(self, entry: Entry) -> list[Entry]:
         """The blocks that an entry has to wait for."""
-        if not self.open and not self.queue:
-            return []
         kind, spared = EXCLUDED[entry.kind], {entry, *entry.inside}
-        found = [each for each in list(self.open) if each.kind == kind and each not in spared]
-        if entry.kind == COMPUTE and not any(each.kind == COMPUTE for each in entry.inside):
+        others = [other for other in list(self.open) if other.kind == kind and other not in spared]
+        if entry.kind == COMPUTE and not any(outer.kind == COMPUTE for outer in entry.inside):
             # a swap that waits goes first, unless it is a task's of this thread, which has to go on for that
-            found += [each for each in list(self.queue) if each.kind == WRITE and each.thread != entry.thread]
-        return found
+            others += [other for other in list(self.queue) if other.kind == WRITE and other.thread != entry.thread]
+        return others
 
     def ask(self, entry: Entry) -> None:
         """Let an entry in, put it into the queue, or refuse it where nobody else can end the block in its way."""
@@ -242,13 +246,13 @@ class Turn:
         """Let in blocks that are nested in one another, if no other block is open or waits; return whether it did."""
         if self.lock._is_owned():
             return False
-        now, inside = time.monotonic(), ()
-        for each in entries:
-            each.since, each.is_open, each.inside = now, True, frozenset(inside)
-            inside = (*inside, each)
+        now = time.monotonic()
+        for number, entry in enumerate(entries):
+            entry.since, entry.is_open, entry.inside = now, True, frozenset(entries[:number])
         with self.lock:
             is_idle = not (self.open or self.queue or self.owed or self.joined)
-            self.open.update(dict.fromkeys(entries if is_idle else ()))
+            if is_idle:
+                self.open.update(dict.fromkeys(entries))
         if is_idle:
             AROUND.set((*filterfalse(_is_left, AROUND.get()), *entries))
         return is_idle
@@ -257,22 +261,20 @@ class Turn:
         if self.joined is not None:
             entry.turn = self.joined
             return entry.turn.ask(entry)
-        if self.open:
-            entry.inside = {each for each in self.open if each.is_around(frame)}
-            computing = {each for each in self.open if each.kind == COMPUTE}
-            mine = {each for each in computing if each in entry.inside or each in around}
-            if mine and entry.kind != COMPUTE:
-                raise refused("thread_is_computing")
-            if entry.kind == COMPUTE:
-                # where this thread computes already, a swap waits in any case, perhaps for the end of this one
-                entry.inside |= mine | {each for each in computing if each.thread == entry.thread}
+        entry.inside = {other for other in self.open if other.is_around(frame)}
+        computing = {other for other in self.open if other.kind == COMPUTE}
+        mine = computing.intersection((*entry.inside, *around))
         if entry.kind == COMPUTE:
+            # where this thread computes already, a swap waits in any case, perhaps for the end of this one
+            entry.inside |= mine | {other for other in computing if other.thread == entry.thread}
             self.threads.add(entry.thread)
+        elif mine:
+            raise refused("thread_is_computing")
         others = self.in_the_way(entry)
         if not set(others).isdisjoint(around):
             raise refused("block_is_open")
-        is_in_loop = self.open and not entry.awaits and asyncio._get_running_loop() is not None
-        if is_in_loop and self._hold_up(entry, others, around):
+        stops_the_loop = not entry.awaits and asyncio._get_running_loop() is not None
+        if stops_the_loop and self._needs_the_loop(entry, others, around):
             raise refused("another_task")
         if others:
             entry.future = futures.Future()
@@ -281,25 +283,28 @@ class Turn:
             self.let_in(entry)
 
     def let_in_now(self, entry: Entry) -> bool:
-        """Let an entry in if it doesn't have to wait. Returns whether it is."""
+        """Let an entry in if it doesn't have to wait; return whether it is open."""
         with self.lock:
             self._let_in_now(entry)
         return entry.is_open
 
     def _let_in_now(self, entry: Entry) -> None:
-        entry.inside = {each for each in self.open if each.kind == COMPUTE and each.thread == entry.thread}
+        entry.inside = {other for other in self.open if other.kind == COMPUTE and other.thread == entry.thread}
         if not self.in_the_way(entry):
             self.threads.add(entry.thread)
             self.let_in(entry)
 
-    def _hold_up(self, entry: Entry, others: list[Entry], around: tuple[Entry, ...]) -> bool:
-        """Whether blocks can't end while the event loop of this thread waits, or could not wait for an entry."""
-        if entry.kind == COMPUTE:  # the end of a plain `with` in another task
-            others = [*others, *[each for each in self.open if each.kind == SWAP and not each.awaits]]
-            return any(e.thread == entry.thread and e not in entry.inside and e not in around for e in others)
-        return any(each.thread == entry.thread or each.is_in_generator for each in others)
+    def _needs_the_loop(self, entry: Entry, others: list[Entry], around: tuple[Entry, ...]) -> bool:
+        """Whether a block can't end while an entry stops the event loop of this thread, or could not wait for it."""
+        if entry.kind != COMPUTE:
+            return any(other.thread == entry.thread or other.is_in_generator for other in others)
+        # the end of a plain `with` in another task could not wait
+        plain = [other for other in self.open if other.kind == SWAP and not other.awaits]
+        others = {*others, *plain}.difference(entry.inside, around)
+        return any(other.thread == entry.thread for other in others)
 
     def let_in(self, entry: Entry) -> None:
+        """Open an entry's block, and end its wait."""
         self.open[entry] = None
         entry.since, entry.is_open = time.monotonic(), True
         if entry.future is not None:
@@ -320,9 +325,9 @@ class Turn:
 
     def _let_in_waiting(self) -> None:
         self.is_changed = False
-        for each in (self.open, self.queue):
-            for entry in filter(_is_left, list(each)):
-                del each[entry]
+        for entries in (self.open, self.queue):
+            for entry in filter(_is_left, list(entries)):
+                del entries[entry]
         for entry in list(self.queue):
             if not self.in_the_way(entry):
                 self.let_in(entry)
