@@ -550,7 +550,9 @@ def test_what_an_alpha_of_zero_turns_off_stays_so(tmp_path):
 def mixed(request, tmp_path) -> AdapterPool:
     """A pool with a mix in use, in the whole model or in a row."""
     folders = {name: save_random_adapter(LINEAR, tmp_path / name, seed=n, r=4) for n, name in enumerate("abc")}
-    pool = AdapterPool(load(LINEAR, folders["a"]), adapters=folders, rows=request.param, target_rank=8, progress=False)
+    pool = AdapterPool(
+        load(LINEAR, folders["a"]), adapters=folders, rows=request.param, target_rank=8, progress=False, max_bytes=10**9
+    )
     mix = {"a": 0.5, "b": 0.5}
     pool.swap(mix) if request.param == 1 else pool.assign([mix, "b"])
     pool.big = Adapter.load(save_random_adapter(LINEAR, tmp_path / "big", seed=9, r=8))
