@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from ..core.compiled import COMPILED
 from ..core.errors import refused
 from ..core.journal import interrupts_held
-from ..core.prepared import is_off
+from ..core.lora import is_targeted
+from ..core.prepared import is_marked_off, is_off
 from ..core.slot import Slot, room_of
 from ..core.state_dict_hooks import strange_padding
 from ..core.wrappers import EMBEDDINGS, has_adapter, inside, is_table, is_wrapper
@@ -50,6 +51,7 @@ def files_of(slot: Slot) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """
     config, tensors = copy.deepcopy(slot.config), saved_tensors(slot, embeddings=True)
     check_saved(slot, tensors)
+    _check_targets(slot)
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = slot.host.base.__dict__.get("name_or_path") or None
@@ -73,6 +75,16 @@ def check_saved(slot: Slot, tensors: dict[str, torch.Tensor]) -> None:
     tuners = (module for module in slot.host.base.modules() if isinstance(module, BaseTunerLayer))
     if with_base and (merged := {name for module in tuners for name in module.merged_adapters}):
         raise refused("saved_with_merged", adapter_name=slot.adapter_name, merged=", ".join(sorted(merged)))
+
+
+def _check_targets(slot: Slot) -> None:
+    """Refuse an adapter with weights on a layer that was off and that its config lacks: a fresh load ignores them."""
+    name = slot.adapter_name
+    for layer in slot.layers if slot.method.is_lora else ():
+        is_filled = is_marked_off(layer.module, name) and not is_off(layer.module, name, layer.tensors)
+        if is_filled and not is_targeted(slot.config, layer.path):
+            targets = slot.config.target_modules
+            raise refused("saved_not_targeted", path=layer.path, adapter_name=name, target_modules=targets)
 
 
 # ---- the tensors that PEFT would write
