@@ -187,7 +187,9 @@ class Bound:
         wanted = self.code.get_constant_fqns()
         self.code.load_constants({key: self.tensors[key] for key in wanted}, check_full_update=True, user_managed=True)
         self.signature: inspect.Signature = inspect.signature(module.forward)
-        self.input_form, self.output_form = map(compat.treespec_loads, self.code.loader.get_call_spec())
+        forms_in_text = self.code.loader.get_call_spec()
+        self.input_form: Any = compat.treespec_loads(forms_in_text[0])
+        self.output_form: Any = compat.treespec_loads(forms_in_text[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = named(self.signature, args, kwargs)

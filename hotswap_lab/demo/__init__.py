@@ -19,7 +19,7 @@ import string
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +36,10 @@ ADAPTERS_DIR = ASSETS_DIR / "adapters"
 Tokenizer = Any
 #: the label of tokens that the loss leaves out
 IGNORED = -100
-__getattr__ = functools.partial(_raise_missing, __name__)
+
+
+def __getattr__(name: str) -> NoReturn:
+    _raise_missing(__name__, name)
 
 
 def names_in(directory: Path) -> list[str]:

@@ -9,8 +9,7 @@ modules, so a swap must do more than copy weights. The base model's weights don'
 True
 """
 
-import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,7 +17,11 @@ from .. import _raise_missing
 from . import ASSETS_DIR, Tokenizer, folder_in, names_in, smollm2
 
 __all__ = ["QUESTIONS", "VOICES_DIR", "ask", "load", "names", "path"]
-__getattr__ = functools.partial(_raise_missing, __name__)
+
+
+def __getattr__(name: str) -> NoReturn:
+    _raise_missing(__name__, name)
+
 
 VOICES_DIR = ASSETS_DIR / "voices"
 #: held-out questions: none of them shares its topic with a training question

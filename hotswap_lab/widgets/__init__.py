@@ -27,7 +27,7 @@ order of clicks), ``switch`` (swaps by name, in a pool or in a model), ``text`` 
 ``results`` (an answer as text and HTML), ``live.css`` and ``live.js`` (for the page), and one file for each widget.
 """
 
-import functools
+from typing import NoReturn
 
 from .. import _raise_missing
 from .guards import Guards
@@ -38,4 +38,7 @@ from .weight_map import WeightMap
 from .write_scrubber import WriteScrubber
 
 __all__ = ["Guards", "RowPanel", "SwapPanel", "View", "WeightMap", "WriteScrubber"]
-__getattr__ = functools.partial(_raise_missing, __name__)
+
+
+def __getattr__(name: str) -> NoReturn:
+    _raise_missing(__name__, name)
