@@ -179,8 +179,8 @@ def test_the_picture_readme_and_chapter_05_are_one_measurement():
     assert first.with_output(copy.deepcopy(chapter), text) == chapter
     ways = {way: row["swap"]["median"] for way, row in measured["ways"].items()}
     disk, pool = (first.readable(ways[f"hotswap_lab, {each}"]) for each in ("disk", "pool"))
-    assert f"On SmolLM2-135M it takes {disk} from disk, {pool} from memory (CPU;" in readme
-    assert f"is about {first.share_of(measured)}% of a model" in readme
+    assert f"On SmolLM2-135M it takes {disk} from disk, {pool} from memory (compiled, CPU;" in readme
+    assert f"(about {first.share_of(measured)}% of a model)" in readme
     assert measured["recompiles"] == 0
     assert [measured["voices"][0]["answer"].startswith('{"topic": "Paris"'), len(measured["voices"])] == [True, 3]
     # each bar has the two numbers of README's table, and their sum
