@@ -359,7 +359,7 @@ function start(page) {
     const real = await call("answer", { ...pair(), step: at, keeps: {}, word: now.word })
     const isRight = real === said || (said === "something else" && whose(real) === "neither")
     now.guessed = true
-    find(".live-guess p").textContent = `${isRight ? "Right" : "No"}: ${real}. ${whose(real) === "neither" ? "No error is raised, and no adapter answers so." : `That is ${owner(real)}.`} hotswap_lab lets requests wait until the last row is in.`
+    find(".live-guess p").textContent = `${isRight ? "Right" : "No"}: ${real}. ${whose(real) === "neither" ? "No error is raised, and no adapter answers so." : `That is ${owner(real)}.`} With hotswap_lab, requests inside of using or in_use wait until the last row is in.`
     await go(at)
     range.focus({ preventScroll: true })
   })
@@ -406,10 +406,10 @@ function start(page) {
       const { before, after } = ends, at = stopped()
       if (on.damaged) say(await answer(missing()), before, "a loop wrote until a row was missing.", "this word doesn’t show what a loop wrote.", "reads the whole file first, and writes nothing")
       if (on.request) other = `a request after ${at} rows got ${await answer(at)}`
-      if (on.request) say(await answer(at), after, `the request read memory after ${at} rows.`, "this word doesn’t show where the swap was.", "lets it wait for the last row and s")
+      if (on.request) say(await answer(at), after, `the request read memory after ${at} rows.`, "this word doesn’t show where the swap was.", "lets a request inside of using or in_use wait for the last row and s")
       if (on.padding) say(await answer(last(), { padding: true }), after, `${now.before}’s last rows still add to B (A x).`, "no row was left that counts; try pig_latin → reverse.", "writes zeros behind the last row")
       if (on.scaling) say(await answer(last(), { scaling: true }), after, `${now.after}’s rows, times ${now.before}’s s.`, "for this word, the old s will do.", "writes s in the same swap")
-      if (on.unpadded) found.push(`<li>${find(".live-code .live-no") ? wrong("The cells are at another address, and a guard fails: the code compiles again.") : "Run the swap: do shape and s stay the same?"}<br>${ours("makes room for the highest rank once; then no guard fails.")}</li>`)
+      if (on.unpadded) found.push(`<li>${find(".live-code .live-no") ? wrong("The cells are at another address, and the guards on it fail: the code compiles again.") : "Run the swap: do shape and s stay the same?"}<br>${ours("makes room for the highest rank once; then no guard fails.")}</li>`)
     }
     if (round !== drawn) return
     list.innerHTML = found.join("")
@@ -428,7 +428,7 @@ function start(page) {
 
   async function swapTime() {
     const times = 2000, mean = await call("time", { ...pair(), times })
-    find(".live-time").textContent = `Slow motion: at full speed, this page swaps in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
+    find(".live-time").textContent = `Slow motion: at full speed, this page swaps from memory in ${mean < 0.1 ? mean.toFixed(3) : mean.toFixed(2)} ms (mean of ${times.toLocaleString("en")}).`
   }
   function python() {
     const code = find(".live-python code")
