@@ -118,7 +118,7 @@ def hotswap_adapter(
         adapter_name = name_in(model, None)
     with refusals_logged(model, adapter_name, model_name_or_path):
         host = find_host(model, adapter_name)
-        # if other threads compute, the swap may have to wait, and the file would be in use meanwhile
+        # while other threads compute, the swap may wait; a mapped file must not be kept that long
         adapter = _read(host, model_name_or_path, torch_device, kwargs, for_one_swap=not is_shared(host.base))
         with locked(host.base):
             slot = slot_for(METHODS, host, adapter_name)

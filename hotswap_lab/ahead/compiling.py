@@ -120,7 +120,7 @@ def aoti_compile(
         notes = dict(torch=torch.__version__, base=type(top).__name__, name=name, ranks=ranks, graphs=graphs)
         notes["rows"] = (room.rows, room.batch.copies) if isinstance(room, RowRoom) else None
         notes["facts"] = facts_of(top, [path for paths in programs for path in paths])
-        notes["given"], values = file.noted(given)
+        notes["given"], values = file.describe_inputs(given)
         values |= {f"{n}:{k}": v for n, p in enumerate(programs.values()) for k, v in _lifted(p).items()}
         file.add(built, notes, values)
         compiled, proving = time.monotonic() - start - exported, time.monotonic()

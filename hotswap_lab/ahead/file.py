@@ -73,20 +73,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensors]:
 # ---- the example inputs, to repeat the call where the file is loaded
 
 
-def noted(given: Mapping[str, Any]) -> tuple[Any, Tensors]:
+def describe_inputs(given: Mapping[str, Any]) -> tuple[Any, Tensors]:
     """Turn inputs into an entry of the description, and tensors; None if they can't be written, such as a cache."""
-    leaves, form = compat.tree_flatten(dict(given))
+    leaves, spec = compat.tree_flatten(dict(given))
     values = {f"given:{n}": leaf for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    # a tensor is described by its device; its values are saved under its position
     plain = [leaf.device.type if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     try:
-        note = json.loads(json.dumps([compat.treespec_dumps(form), plain]))
+        note = json.loads(json.dumps([compat.treespec_dumps(spec), plain]))
     except Exception:  # inputs may contain any class, so this may be any error
         return None, {}
     return note, {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in values.items()}
 
 
 def inputs_in(note: Any, values: Tensors) -> dict[str, Any] | None:
-    """The inputs of :func:`noted`."""
+    """The inputs of :func:`describe_inputs`."""
     if note is None:
         return None
     form, leaves = note

@@ -25,7 +25,7 @@ LOG = logging.getLogger("hotswap_lab")
 Step = Callable[[Journal], object]
 #: replaced after every change of any model or pool, so that displays can poll it
 LATEST: list[object] = [None]
-#: in a block of :func:`together`, the changes so far, each with what tells of it
+#: in a block of :func:`together`, the changes so far, each with its ``log``
 _COLLECTED: ContextVar[list[tuple[Sequence["Change"], Any]] | None] = ContextVar("hotswap_lab_collected", default=None)
 #: a key that is in a table of parameters for a moment
 RESIZED = "hotswap_resized"

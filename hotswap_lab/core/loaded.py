@@ -150,10 +150,11 @@ def names_of(owner: object) -> str:
 def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
     """Return the :class:`Loaded` of a slot that was just found; ``is_new`` if a swap has just written it."""
     noted = vars(slot.config) if has_been_swapped(slot.host.base, slot.adapter_name) else {}
-    room, owner, strength, ranks = slot.room, None, None, ranks_before(slot)
+    room, ranks = slot.room, ranks_before(slot)
+    owner, strength = None, None
     assigned = room.assigned if room is not None else ()
-    origin, when = noted.get(ORIGIN), noted.get(WHEN)
-    when = when and datetime.fromtimestamp(when).astimezone()
+    origin = noted.get(ORIGIN)
+    when = datetime.fromtimestamp(noted[WHEN]).astimezone() if noted.get(WHEN) else None
     with contextlib.suppress(HotswapError):  # an adapter of another method, or layers with different strengths
         strength = strength_of(slot)
     if room is not None and not assigned:
@@ -194,11 +195,11 @@ def loaded_of(slot: Slot, is_new: bool = False) -> Loaded:
         if packed is None:
             return describe(name, None, (), 0.0, ("the base model", None, None), None)
         now, own_strength = packed.state, strength and round(strength * float(strengths_of(packed).median()), 6)
-        owner, origin, note = now.owner, vars(now.config).get(ORIGIN), ""
+        row_owner, row_origin, row_note = now.owner, vars(now.config).get(ORIGIN), ""
         # the parameters are views of row 0; other code doesn't reach the others
-        if number == 0 and not is_new and not _is_in_model(slot, origin, packed.bands):
-            owner, origin, note = None, UNKNOWN, _note_on_last(origin)
-        return describe(name, owner, now.ranks, own_strength, origin, now.config, note)
+        if number == 0 and not is_new and not _is_in_model(slot, row_origin, packed.bands):
+            row_owner, row_origin, row_note = None, UNKNOWN, _note_on_last(row_origin)
+        return describe(name, row_owner, now.ranks, own_strength, row_origin, now.config, row_note)
 
     if not assigned:
         return describe(slot.adapter_name, owner, ranks, strength, origin, slot.config, note)

@@ -51,8 +51,9 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     for number, tensor in enumerate(tensors):
         if start := tensor.data_ptr():
             # most are contiguous, and _span is slow
-            is_dense, size = tensor.is_contiguous(), tensor.nbytes
-            spans.append((*((start, start + size, size, size) if is_dense else _span(tensor)), number))
+            size = tensor.nbytes
+            span = (start, start + size, size, size) if tensor.is_contiguous() else _span(tensor)
+            spans.append((*span, number))
     groups = []
     for group in _touching(spans):
         # views side by side in one memory, such as those that a room has left, overlap only if their columns do
@@ -71,10 +72,10 @@ def _span(tensor: torch.Tensor) -> tuple[int, int, int, int]:
     memory that is repeated at this stride."""
     size, start = tensor.element_size(), tensor.data_ptr()
     strides = zip(tensor.stride(), tensor.shape, strict=True)
-    steps = sorted((stride * size, count) for stride, count in strides if stride and count > 1)
-    *shorter, (pitch, times) = [(size, 1), *steps]
-    width = size + sum(stride * (count - 1) for stride, count in shorter)
-    return start, start + width + pitch * (times - 1), pitch, width
+    axes = sorted((stride * size, length) for stride, length in strides if stride and length > 1)
+    *inner, (pitch, count) = [(size, 1), *axes]  # (size, 1): a tensor of one element has no axis
+    width = size + sum(stride * (length - 1) for stride, length in inner)
+    return start, start + width + pitch * (count - 1), pitch, width
 
 
 def _touching(spans: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

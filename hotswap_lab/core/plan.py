@@ -182,8 +182,8 @@ class Plan:
             return change
         # the slot lacks the layers that are added, so it has to be looked for again afterwards
         change = begin_change(slot, self.config, None if adds else slot)
-        if (left := room_left_by(slot)) is not None:
-            change.steps.append(partial(left.unpatch_layers, is_lost=room is None))
+        if (previous_room := room_left_by(slot)) is not None:
+            change.steps.append(partial(previous_room.unpatch_layers, is_lost=room is None))
         tables, scalings, added = [], [], []
         for layer in self.layers:
             for target, source in zip(layer.layer.tensors, layer.sources, strict=True):

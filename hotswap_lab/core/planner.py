@@ -137,7 +137,8 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
     tensors: Tensors = {}
     for key, tensor in named.items():
         if (own := own_keys.get(key)) is None:
-            own = own_keys.get(short := canonical_path(key), short)
+            short = canonical_path(key)
+            own = own_keys.get(short, short)
         if own in tensors and not are_interchangeable(tensor, tensors[own]):
             plan.refuse("two_values_for_one", key=key, own=own)
         tensors[own] = tensor
@@ -145,10 +146,10 @@ def _by_own_key(plan: Plan, named: Mapping[str, torch.Tensor], own_keys: Mapping
 
 
 def _plan_layer(
-    plan: Plan, tensors: Tensors, layer: SlotLayer, expected: Expected, before: int | None, action: Action
+    plan: Plan, tensors: Tensors, layer: SlotLayer, expected: Expected, before: int | None, if_resized: Action
 ) -> None:
-    """Plan one layer, and take its tensors out of ``tensors``; ``action`` is for an adapter of another rank."""
-    settings, sources, shapes = expected.settings, [], []
+    """Plan one layer, and take its tensors out of ``tensors``; ``if_resized`` is the action for another rank."""
+    action, settings, sources, shapes = if_resized, expected.settings, [], []
     for key in layer.keys:
         source = tensors.pop(key, None)
         sources.append(source)
@@ -277,7 +278,10 @@ def retarget_config(plan: Plan) -> None:
     if plan.check_targets:
         return
     config, on = plan.config, [layer for layer in plan.layers if layer.settings is not None]
-    if config.target_modules is None or [layer for layer in plan.layers if lora.is_targeted(config, layer.path)] != on:
+    named = None
+    if config.target_modules is not None:
+        named = [layer for layer in plan.layers if lora.is_targeted(config, layer.path)]
+    if named != on:
         lora.retarget(config, [layer.path for layer in on], plan.slot.host.base)
 
 

@@ -288,7 +288,8 @@ class Room:
         """
         slot = self.slot
         if config is None:
-            vars(config := copy_of(state.config))[WHEN] = time.time()
+            config = copy_of(state.config)
+            vars(config)[WHEN] = time.time()
         change = Change(slot.is_inference)
         follow(change, slot, config, is_kept=True)
         for memory, start in zip(self._memories, filled, strict=True):

@@ -39,11 +39,11 @@ def look_after(slot: Slot, config: Config, journal: Journal) -> None:
     if not any(map(_is_ours, base._state_dict_hooks.values())):
         journal.record(lambda: forget_hooks(base))
         base.register_state_dict_post_hook(partial(_show_own, slot.methods))
-        base.register_load_state_dict_pre_hook(partial(_fill_up, slot.methods))
+        base.register_load_state_dict_pre_hook(partial(_fit_to_model, slot.methods))
 
 
 def _is_ours(hook: Any) -> bool:
-    return getattr(getattr(hook, "hook", hook), "func", None) in (_show_own, _fill_up)
+    return getattr(getattr(hook, "hook", hook), "func", None) in (_show_own, _fit_to_model)
 
 
 def forget_hooks(module: torch.nn.Module) -> None:
@@ -123,7 +123,8 @@ def _show_own(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict
         state_dict[key] = value
 
 
-def _fill_up(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+def _fit_to_model(methods: Sequence[Method], base: torch.nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before a load: refuse tensors that don't fit, pad the others, and add those of layers that are off."""
     all_marked = list(_marked(methods, base, prefix))
     for marked in all_marked:  # all of them, before the first is written
         key, name = marked.key, marked.adapter_name

@@ -110,7 +110,7 @@ class PipelinePool:
             adapters = for_these(read_source(self.pipe, source, False, self._reading), self._loaded, None)
         return for_all(adapters, self._loaded, self.adapter_name)
 
-    def _all(self, action: Callable[[AdapterPool, str], object]) -> None:
+    def _in_all_pools(self, action: Callable[[AdapterPool, str], object]) -> None:
         """Do the same in the pools of all components, and write all of it, or nothing."""
         with self._refusals_logged(), locked(*self._bases), together():
             live = components_of(self.pipe)  # a component that was freed is None, and is in no answer
@@ -146,7 +146,7 @@ class PipelinePool:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._all(lambda pool, _: setattr(pool, "strength", value))
+        self._in_all_pools(lambda pool, _: setattr(pool, "strength", value))
 
     def version(self, name: str) -> int:
         """The version of an adapter's weights: 1 at first, one more with each :meth:`update`."""
@@ -161,11 +161,11 @@ class PipelinePool:
             If the name is taken, or the file can't be read or doesn't fit what was prepared. Nothing is changed then.
         """
         adapters = self._read(name, source)
-        self._all(lambda pool, component: pool.add(name, adapters[component]))
+        self._in_all_pools(lambda pool, component: pool.add(name, adapters[component]))
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool. One that a component computes with can't be removed."""
-        self._all(lambda pool, _: pool.remove(name))
+        self._in_all_pools(lambda pool, _: pool.remove(name))
 
     def update(self, name: str, source: Source) -> None:
         """Give an adapter new weights; ``source`` as in ``adapters``. If the pipeline computes with it, it gets them.
@@ -176,11 +176,11 @@ class PipelinePool:
             If there is no such adapter, or the file can't be read or doesn't fit. Nothing is changed then.
         """
         adapters = self._read(name, source)
-        self._all(lambda pool, component: pool.update(name, adapters[component]))
+        self._in_all_pools(lambda pool, component: pool.update(name, adapters[component]))
 
     def swap(self, name: str | Mapping[str, float], strength: float = 1.0) -> None:
         """Put an adapter, or a mix of several, into all components, or into none: see :meth:`AdapterPool.swap`."""
-        self._all(lambda pool, _: pool.swap(name, strength))
+        self._in_all_pools(lambda pool, _: pool.swap(name, strength))
 
     def off(self) -> None:
         """Turn the adapter off: the pipeline computes like the base model until the next swap."""
@@ -193,7 +193,7 @@ class PipelinePool:
         """
 
         def begin(back: list[Callable[[], object]]) -> PipelinePool:
-            self._all(lambda pool, _: pool.using(name, strength).begin(back))
+            self._in_all_pools(lambda pool, _: pool.using(name, strength).begin(back))
             return self
 
         return Block(

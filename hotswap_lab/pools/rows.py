@@ -247,9 +247,9 @@ class RowRoom(Room):
         """
         first = rows[0]
         state = self.state if first is None else first.state
-        bands = [row and row.bands for row in rows]
-        previous = [row and row.bands for row in self.assigned]
-        changed = [n for n, own in enumerate(bands) if n >= len(previous) or own is not previous[n]]
+        wanted = [row.bands if row else None for row in rows]
+        previous = [row.bands if row else None for row in self.assigned]
+        changed = [n for n, bands in enumerate(wanted) if n >= len(previous) or bands is not previous[n]]
         if first is not None and 0 in changed:
             change = self._change(state, None, list(map(len, first.bands)))
         else:
@@ -259,8 +259,9 @@ class RowRoom(Room):
             targets = [self._rows_of(band)[number] for band in self.bands]
             change.copies += zip(targets, self._bands_of(rows[number]), strict=True)
         trained = self.scalings_of(state)
-        own = [row.scalings * row.state.acts if row else torch.zeros_like(trained) for row in rows]
-        scalings = torch.stack([self.scalings_of(state, strength), trained, *own])
+        row_scalings = [row.scalings * row.state.acts if row else torch.zeros_like(trained) for row in rows]
+        # in this order: live, trained, and each row's own
+        scalings = torch.stack([self.scalings_of(state, strength), trained, *row_scalings])
         write_packed_scalings(change, [table[: len(scalings)] for table in self._all_scalings()], scalings)
         return self._with_record(change, tuple(rows), copies)
 

@@ -135,15 +135,18 @@ class RowPanel(WorkingView):
         return f'<div class="hotswap-scroll">{table}</div>'
 
     def _controls(self) -> list[w.Widget]:
-        narrow, wide = w.Layout(width="164px"), w.Layout(flex="1 1 184px", min_width="0", max_width="284px")
-        slim, named = {"description_width": "40px"}, {"description_width": "64px"}
-        self._rows, rest = [], w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
+        """Return a menu, a request box and a note for each row, and the button that answers all."""
+        menu_layout, menu_style = w.Layout(width="164px"), {"description_width": "40px"}
+        box_layout = w.Layout(flex="1 1 184px", min_width="0", max_width="284px")
+        box_style = {"description_width": "64px"}
+        note_layout = w.Layout(flex="1 1 180px", min_width="0", margin="2px 8px")
+        self._rows = []
         for row in range(len(self.prompts)):
-            menu = w.Dropdown(description=f"row {row}", style=slim, layout=narrow)
-            box = w.Text(description=f"request {row}", style=named, layout=wide)
+            menu = w.Dropdown(description=f"row {row}", style=menu_style, layout=menu_layout)
+            box = w.Text(description=f"request {row}", style=box_style, layout=box_layout)
             self._when_set(menu, partial(self.choose, row))
             self._when_set(box, partial(self._write, row))
-            self._rows.append((menu, box, announced(layout=rest)))
+            self._rows.append((menu, box, announced(layout=note_layout)))
         self._run_button = self._button("Answer all", "answer all rows in one call", self.start, button_style="primary")
         return [*(wrapping_row(*row) for row in self._rows), wrapping_row(*self._with_stop(self._run_button))]
 

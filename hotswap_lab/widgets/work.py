@@ -144,7 +144,7 @@ class WorkingView(View):
                 has_begun = self._begin()
             if not has_begun:
                 raise refused("widget_busy")
-            return self._do(job)
+            return self._run_job(job)
         finally:
             if has_begun:
                 self._end()
@@ -175,7 +175,7 @@ class WorkingView(View):
         try:
             # the widget shows the error, because this thread has no caller to raise it to
             with torch.inference_mode(inference), torch.set_grad_enabled(grad), contextlib.suppress(Exception):
-                self._do(click[1] if click else lambda: None)
+                self._run_job(click[1] if click else lambda: None)
         finally:
             self._end()
 
@@ -184,7 +184,8 @@ class WorkingView(View):
         self._stopped = self._stopped and not begun
         return begun
 
-    def _do(self, job: Callable[[], object]) -> object:
+    def _run_job(self, job: Callable[[], object]) -> object:
+        """Run a job; return None if it was stopped. Keep an error in ``error``, and raise it."""
         self._changed()
         try:
             result = job()
