@@ -344,7 +344,7 @@ def test_what_is_no_pipeline_with_an_adapter():
         PipelinePool(SD(), "style", files)
     with pytest.raises(HotswapError, match=r"without an adapter[\s\S]*together have tensors"):
         PipelinePool(SD.loaded(files["style 2"]), "style", files)
-    with pytest.raises(HotswapError, match="no pipeline"):
+    with pytest.raises(HotswapError, match="LoRA can't be loaded into this object"):
         PipelinePool(SD().unet, "style", files)
     pipe = SD.loaded(files["style 0"])
     pipe.unet = torch.compile(pipe.unet, backend="eager")

@@ -124,7 +124,7 @@ RIGHT_REFUSALS: dict[str, Callable[[Case], bool]] = {
     r"The adapter comes with other base weights": lambda case: case.name == "roberta" and case.structure == "saved",
     r"The adapter .* has other whole modules": lambda case: case.structure == "any",
     r"The file of .* has base weights": lambda case: case.base_weights is None and case.has_base_weights,
-    r"The adapter in the model came with base weights": lambda case: (
+    r"The new adapter needs base weights whose original values are unknown": lambda case: (
         # in a prepared model, embeddings that are turned off stay wrapped
         (case.base_weights is None or case.check == "prepared") and case.has_base_weights
     ),
